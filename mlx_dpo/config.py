@@ -1,0 +1,102 @@
+"""The settings of a run: one frozen dataclass a concern; each default stands here and nowhere else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model, and in what form it is held in memory."""
+
+    path: str = ""  # folder or Hub name of any model that mlx-lm loads
+    revision: str | None = None  # branch, tag or commit on the Hub
+    adapter: str | None = None  # adapter folder (mlx-lm or PEFT) that training starts from
+    quantize_bits: int | None = None  # quantize a full-precision model while loading
+    quantize_group_size: int = 64
+    compute_dtype: Dtype = "auto"  # auto: as stored on a GPU; float32, dequantized once, on a CPU
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which rows, and how they become tokens."""
+
+    path: str = ""  # file, or folder with train/valid/test files
+    valid_fraction: float = 0.1  # share of prompts held out when the data has no validation file
+    split_seed: int = 0
+    max_length: int | None = 1024  # tokens of prompt and completion together; null for no limit
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The adapter. y = W x + scale · B A x."""
+
+    rank: int = 8
+    scale: float = 2.0
+    alpha: float | None = None  # PEFT's way to say scale: alpha / rank; excludes scale
+    dropout: float = 0.0
+    num_layers: int = 16  # blocks from the top that get an adapter; -1 for all
+    keys: tuple[str, ...] | None = None  # modules of a block, e.g. self_attn.q_proj or q_proj; null: all linear ones
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """The objective."""
+
+    type: str = "sigmoid"  # a loss, or a weighted mix: sigmoid:0.8,sft:1.0
+    beta: float = 0.1
+    label_smoothing: float = 0.0
+    reference: Literal["base", "start"] = "base"  # base: adapter off; start: the adapter that training started from
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer and the learning rate over time."""
+
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
+    learning_rate: float = 1e-4
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    momentum: float = 0.0  # sgd and muon
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_ratio: float = 0.1  # share of the steps over which the rate rises from 0
+    warmup_steps: int | None = None  # the same in steps; wins over the ratio
+    max_grad_norm: float = 1.0  # 0 for no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The loop."""
+
+    output: str = "runs/dpo"  # run folder
+    batch_size: int = 4  # rows of a micro-batch
+    grad_accumulation_steps: int = 1  # micro-batches of an optimizer step
+    epochs: float = 1.0
+    iters: int | None = None  # optimizer steps; wins over epochs
+    seed: int = 0
+    shuffle: bool = True  # false: rows in file order
+    grad_checkpoint: bool = False
+    steps_per_report: int = 1
+    steps_per_eval: int | None = 50  # null: only at the end
+    save_every: int = 50  # optimizer steps between checkpoints
+    keep_checkpoints: int = 2
+    keep_best: bool = True  # adapters.safetensors is the best evaluation's, not the last step's
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of it: the sections of a configuration file."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)

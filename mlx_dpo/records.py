@@ -1,0 +1,78 @@
+"""Text records: what one row of a data set says, before any tokenizer has seen it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+"""One chat message: `role`, `content` and whatever else the chat template reads (`tool_calls`, `name`, …)."""
+
+Text = str | tuple[Message, ...]
+"""A plain string, or the messages of a conversation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What every record has: where it came from, its prompt, and what the chat template is given beside the messages."""
+
+    id: str
+    prompt: Text
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """Every answer of the record, in the order in which losses expect them."""
+        raise TypeError(f"{type(self).__name__} holds no answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreferencePair(Context):
+    """Of two answers to one prompt, `chosen` is preferred."""
+
+    chosen: Text
+    rejected: Text
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        return (self.chosen, self.rejected)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking(Context):
+    """K answers to one prompt, best first. `ranks` ascend from the best; equal ranks are ties."""
+
+    responses: tuple[Text, ...]
+    ranks: tuple[float, ...]
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        return self.responses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unpaired(Context):
+    """One answer, judged good (`label` true) or bad (KTO's data)."""
+
+    completion: Text
+    label: bool
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        return (self.completion,)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration(Context):
+    """One answer to imitate (data of supervised fine-tuning)."""
+
+    completion: Text
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        return (self.completion,)
+
+
+Record = PreferencePair | Ranking | Unpaired | Demonstration
