@@ -1,0 +1,144 @@
+"""Loads any model that mlx-lm reads, by folder or Hub name, in the form in which it will compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dpo.config import ModelConfig
+from mlx_dpo.errors import ModelError, UsageError
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+FILES = ["*.json", "*.safetensors", "*.py", "tokenizer.model", "*.tiktoken", "*.txt", "*.jinja"]
+"""What is fetched of a Hub repository."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory with all that belongs to it."""
+
+    model: nn.Module
+    tokenizer: Any  # the Hugging Face tokenizer
+    wrapper: Any  # mlx-lm's wrapper of it, which generation wants
+    config: dict[str, Any]  # config.json
+    path: Path  # the folder it came from
+    name: str  # as the user wrote it
+    form: str  # how it is held: source quantization and compute dtype, part of the reference cache's key
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """The local folder of a model, fetched from the Hub when `path` is a repository's name.
+
+    Raises:
+        ModelError: no such folder, or the Hub does not have it or does not answer.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        remedy = "convert it with `mlx-dpo import` first" if folder.suffix == ".gguf" else "name the folder"
+        raise ModelError(f"--model {path} is a file, a model is a folder", remedy)
+    if path.count("/") != 1 or path.startswith((".", "/", "~")):
+        raise ModelError(f"no model folder {path}", "check the path, or give a Hub name such as owner/model")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"no folder {path}, and the Hub did not give a model of that name: {first}",
+            "check the spelling and the network; a gated model needs `hf auth login`",
+        ) from error
+
+
+def load(config: ModelConfig) -> LoadedModel:
+    """Loads model and tokenizer, without an adapter, frozen and in evaluation mode.
+
+    Quantized weights keep their bits on a GPU. On a CPU, where MLX's quantized and half-precision products are some
+    twenty times slower than float32, `compute_dtype: auto` dequantizes them once to float32: the same function.
+
+    Raises:
+        ModelError: the folder lacks weights, configuration or tokenizer, or mlx-lm cannot read its kind.
+        UsageError: quantization on load is asked for a model that is quantized already.
+    """
+    from mlx_lm.utils import load_model, load_tokenizer
+
+    if not config.path:
+        raise UsageError("no model given", "name a folder or a Hub model with --model")
+    folder = resolve(config.path, config.revision)
+    _check_folder(folder)
+    try:
+        model, settings = load_model(folder, lazy=True, trust_remote_code=config.trust_remote_code)
+        wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
+    except Exception as error:  # mlx-lm, transformers and model code raise of every kind: all mean an unreadable folder
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "--trust-remote-code runs code of the model's author" if "trust_remote_code" in str(error) else (
+            "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
+        )
+        raise ModelError(f"cannot load the model in {folder}: {first}", hint) from error
+    form = _quantize_on_load(model, settings, config)
+    form += "+" + _set_compute_dtype(model, config)
+    model.freeze()
+    model.eval()
+    try:
+        mx.eval(model.parameters())
+    except RuntimeError as error:
+        raise ModelError(f"the weights in {folder} cannot be read: {error}", "fetch the model again") from error
+    return LoadedModel(model, wrapper._tokenizer, wrapper, settings, folder, config.path, form)
+
+
+def is_quantized(model: nn.Module) -> bool:
+    """Whether any layer holds packed weights."""
+    return any(hasattr(module, "bits") and "scales" in module for _, module in model.named_modules())
+
+
+def _check_folder(folder: Path) -> None:
+    missing = [] if (folder / "config.json").is_file() else ["config.json"]
+    if not any(folder.glob("model*.safetensors")):
+        missing.append("weights (model*.safetensors)")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
+        missing.append("a tokenizer (tokenizer.json)")
+    if missing:
+        raise ModelError(
+            f"the model folder {folder} lacks {', '.join(missing)}",
+            "give a folder as mlx-lm or Hugging Face writes it; a folder with adapters.safetensors goes to --adapter",
+        )
+
+
+def _quantize_on_load(model: nn.Module, settings: dict[str, Any], config: ModelConfig) -> str:
+    from mlx_lm.utils import quantize_model
+
+    if config.quantize_bits is None:
+        return str(settings.get("quantization", "full"))
+    if is_quantized(model):
+        raise UsageError(f"--quantize-bits: {config.path} is quantized already", "leave the flag out")
+    try:
+        quantize_model(model, settings, config.quantize_group_size, config.quantize_bits)
+    except ValueError as error:
+        raise UsageError(
+            f"--quantize-bits {config.quantize_bits} --quantize-group-size {config.quantize_group_size}: {error}",
+            "MLX takes 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128",
+        ) from error
+    return f"q{config.quantize_bits}g{config.quantize_group_size}"
+
+
+def _set_compute_dtype(model: nn.Module, config: ModelConfig) -> str:
+    from mlx_lm.utils import dequantize_model
+
+    wanted = config.compute_dtype
+    if wanted == "auto":
+        if mx.default_device() == mx.gpu:
+            return "stored"
+        wanted = "float32"
+    model.set_dtype(DTYPES[wanted])  # first: scales in half precision would round what they dequantize
+    if mx.default_device() == mx.cpu and is_quantized(model):
+        dequantize_model(model)
+        model.set_dtype(DTYPES[wanted])
+    return wanted

@@ -1,0 +1,92 @@
+"""A model taken apart through its public interface: blocks, trunk and head, for any architecture of mlx-lm.
+
+Nothing is patched. `StandIn` calls a module's own code with some attributes replaced, so the model's own soft-capping,
+embedding scale, masks and tied head stay what they are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class StandIn:
+    """A module with some attributes replaced, for calls of its own code; the module itself stays untouched."""
+
+    def __init__(self, module: Any, **replaced: Any) -> None:
+        self._module = module
+        self._replaced = replaced
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._replaced:
+            return self._replaced[name]
+        found = getattr(type(self._module), name, None)
+        if isinstance(found, property) and found.fget is not None:
+            return found.fget(self)
+        if inspect.isfunction(found):
+            return MethodType(found, self)
+        return getattr(self._module, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).__call__(self, *args, **kwargs)
+
+    def __getitem__(self, name: str) -> Any:
+        return self._replaced[name] if name in self._replaced else self._module[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._replaced or name in self._module
+
+
+class Parts:
+    """Where a model keeps its blocks, and calls of it with blocks or trunk replaced."""
+
+    def __init__(self, model: nn.Module, path: str) -> None:
+        self.model = model
+        self.path = path  # of the inner transformer, e.g. "model" or "language_model.model"
+        self.inner: Any = model
+        for name in path.split("."):
+            self.inner = self.inner[name]
+
+    def _outer(self, stub: Callable[..., Any]) -> StandIn:
+        """The model with its inner transformer replaced by `stub`."""
+        *parents, last = self.path.split(".")
+        chain = [self.model]
+        for name in parents:
+            chain.append(chain[-1][name])
+        stand_in = StandIn(chain[-1], **{last: stub})
+        for module, name in zip(reversed(chain[:-1]), reversed(parents), strict=True):
+            stand_in = StandIn(module, **{name: stand_in})
+        return stand_in
+
+    def hidden(self, tokens: mx.array, cache: Any = None, layers: Sequence[Any] | None = None) -> mx.array:
+        """Hidden states before the head, `[B, T, hidden]`, of `tokens [B, T]`; `layers` stand in for the blocks."""
+        inner = self.inner if layers is None else StandIn(self.inner, layers=layers)
+        found: list[mx.array] = []
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            found.append(inner(*args, **kwargs))
+            return found[0]
+
+        self._outer(record)(tokens, cache=cache)  # the head's logits are described here, and never computed
+        return found[0]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """The model's own head on `hidden [N, hidden]`: raw logits `[N, vocab]`."""
+        tokens = mx.zeros((1, hidden.shape[0]), mx.int32)
+        out: mx.array = self._outer(lambda *args, **kwargs: hidden[None])(tokens)
+        return out[0]
+
+
+def take_apart(model: nn.Module) -> Parts | None:
+    """The parts of `model`; None where it holds its blocks in a way that leaves no trunk to call alone."""
+    blocks = list(model.layers)
+    for path, module in model.named_modules():
+        held = module.get("layers")
+        if path and isinstance(held, list) and held and held[0] is blocks[0]:
+            return Parts(model, path)
+    return None
