@@ -48,10 +48,22 @@ class LoraConfig:
 class LossConfig:
     """The objective."""
 
-    type: str = "sigmoid"  # a loss, or a weighted mix: sigmoid:0.8,sft:1.0
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    reference: Literal["base", "start"] = "base"  # base: adapter off; start: the adapter that training started from
+    type: str = "sigmoid"  # a loss, or a weighted mix: sigmoid:0.8,bco_pair:0.2,sft:1.0
+    beta: float = 0.1  # strength of the tie to the reference; τ of ipo, λ of orpo
+    reference: Literal["base", "start", "none"] = "base"  # adapter off; the adapter that training started from; none
+    label_smoothing: float = 0.0  # ε, the share of labels taken to be wrong: cdpo, robust, exo_pair, aot, cpo, simpo
+    f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
+    f_alpha_divergence_coef: float = 0.5  # α of alpha_divergence
+    ld_alpha: float | None = None  # LD-DPO: weight of the tokens that one answer has more than the other; null: 1
+    use_weighting: bool = False  # WPO: weigh each pair by how likely the policy is to write it
+    discopop_tau: float = 0.05  # temperature of discopop's blend
+    dpop_lambda: float = 50.0  # weight of dpop's penalty
+    simpo_gamma: float = 0.5  # margin that simpo asks for
+    cpo_alpha: float = 1.0  # weight of the chosen answer's NLL in cpo, cpo_hinge, cpo_ipo
+    alphapo_alpha: float = 0.0  # shape of AlphaPO's reward in cpo, cpo_hinge, cpo_ipo, simpo; 0 is log p
+    unlikelihood_alpha: float = 0.5  # weight of unlikelihood's second term, 0 to 1
+    desirable_weight: float = 1.0  # kto: weight of good answers
+    undesirable_weight: float = 1.0  # kto: weight of bad answers
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,113 @@
+"""Losses of preference pairs that need no reference.
+
+Each takes `Pairs` and the settings; what is a mean over the micro-batch's tokens rather than over its rows says so.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_dpo.config import LossConfig
+from mlx_dpo.losses.demonstration import token_mean_nll
+from mlx_dpo.losses.numerics import log_one_minus_exp, log_sigmoid, smoothed_nll
+from mlx_dpo.losses.views import Pairs
+
+
+def cpo(pairs: Pairs, config: LossConfig) -> mx.array:
+    """CPO: DPO with a uniform reference, held in place by the chosen answer's likelihood.
+
+    -(1 - ε) log σ(βΔ) - ε log σ(-βΔ) + `cpo_alpha` · NLL, Δ = log π(y_w|x) - log π(y_l|x), ε = `label_smoothing`, and
+    the NLL of y_w as in `sft`, a mean over the micro-batch's tokens. Xu et al. 2024 (arXiv 2401.08417), eq. 3 and 5.
+    TRL's CPOTrainer. Δ = 5, β = 0.1, NLL = 2: 0.4741 + 2 = 2.4741.
+    """
+    preference = smoothed_nll(config.beta * _sum_margin(pairs, config), config.label_smoothing)
+    return preference + _chosen_nll(pairs, config)
+
+
+def cpo_hinge(pairs: Pairs, config: LossConfig) -> mx.array:
+    """CPO with SLiC's hinge in place of the log-sigmoid.
+
+    max(0, 1 - βΔ) + `cpo_alpha` · NLL. TRL's CPOTrainer with loss_type hinge.
+    Δ = 5, β = 0.1, NLL = 2: 2.5.
+    """
+    return mx.maximum(1 - config.beta * _sum_margin(pairs, config), 0.0) + _chosen_nll(pairs, config)
+
+
+def cpo_ipo(pairs: Pairs, config: LossConfig) -> mx.array:
+    """CPO with IPO's square in place of the log-sigmoid, on log-probs per token.
+
+    (Δ' - 1/(2β))² + `cpo_alpha` · NLL. TRL's CPOTrainer with loss_type ipo.
+    log π(y_w|x)/|y_w| = -1, log π(y_l|x)/|y_l| = -3, β = 0.5, NLL = 1: (2 - 1)² + 1 = 2.
+    """
+    return (_mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2 + _chosen_nll(pairs, config)
+
+
+def simpo(pairs: Pairs, config: LossConfig) -> mx.array:
+    """SimPO: the mean log-prob per token as the reward, with a margin to be won by.
+
+    -(1 - ε) log σ(βΔ' - γ) - ε log σ(γ - βΔ'), Δ' the difference of the log-probs per token, γ = `simpo_gamma`, ε = 0
+    in the paper. Meng et al. 2024 (arXiv 2405.14734), eq. 6; β is 2 to 10 there. With `alphapo_alpha` the reward of
+    AlphaPO (Gupta et al. 2025, arXiv 2501.03884): (1 - p^-α) / α in place of log p. `simpo:1,sft:1` is what TRL calls
+    CPO-SimPO. Δ' = 2, β = 0.5, γ = 0.5: -log σ(0.5) = 0.4741.
+    """
+    return smoothed_nll(config.beta * _mean_margin(pairs, config) - config.simpo_gamma, config.label_smoothing)
+
+
+def orpo(pairs: Pairs, config: LossConfig) -> mx.array:
+    """ORPO: imitate the chosen answer, and prefer it in odds; one stage instead of SFT and DPO.
+
+    NLL - β log σ(log odds(y_w) - log odds(y_l)), odds = p / (1 - p) with log p the mean log-prob per token; β is the paper's λ, and the
+    NLL of y_w as in `sft`, a mean over the micro-batch's tokens. Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7. TRL's ORPOTrainer
+    takes the NLL over the prompt's tokens too; here it is the completion's.
+    p = ½ for both, β = 0.1, NLL = 2: 2 + 0.1 log 2 = 2.0693.
+    """
+    chosen, rejected = _per_token(pairs)
+    log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
+    return token_mean_nll(pairs.policy_chosen, pairs.chosen_length) - config.beta * log_sigmoid(log_odds)
+
+
+def unlikelihood(pairs: Pairs, config: LossConfig) -> mx.array:
+    """Unlikelihood: imitate the chosen answer, and make each token of the rejected one less likely.
+
+    -mean_t log π(y_w,t) - α mean_t log(1 - π(y_l,t)), α = `unlikelihood_alpha` in [0, 1]; each mean over a row's own
+    tokens. A baseline of Rafailov et al. 2023, section 6; the term is Welleck et al. 2019 (arXiv 1908.04319), eq. 4
+    with the rejected tokens as negatives. All chosen tokens at e^-1, all rejected ones at ½, α = 0.5: 1 + 0.5 log 2 =
+    1.3466.
+    """
+    # The padding's log-prob is 0, a certain token; -1 keeps the gradient finite before the mask takes it out.
+    tokens = mx.where(pairs.rejected_mask > 0, pairs.rejected_tokens, -1.0)
+    unlikely = (log_one_minus_exp(tokens) * pairs.rejected_mask).sum(axis=-1) / pairs.rejected_length
+    return -pairs.policy_chosen / pairs.chosen_length - config.unlikelihood_alpha * unlikely
+
+
+def alphapo(logps: mx.array, alpha: float) -> mx.array:
+    """AlphaPO's reward of a log-prob, (1 - p^-α) / α; log p itself for α = 0. Gupta et al. 2025 (arXiv 2501.03884), eq. 5."""
+    return logps if alpha == 0 else -mx.expm1(-alpha * logps) / alpha
+
+
+def sum_reward(logps: mx.array, reference: mx.array, length: mx.array, config: LossConfig) -> mx.array:
+    """β log π(y|x), shaped by AlphaPO where asked for: the reward that TRL's CPOTrainer logs. All [R, K]."""
+    return config.beta * alphapo(logps, config.alphapo_alpha)
+
+
+def mean_reward(logps: mx.array, reference: mx.array, length: mx.array, config: LossConfig) -> mx.array:
+    """β log π(y|x) / |y|, shaped by AlphaPO where asked for: the reward that TRL logs for SimPO and ORPO. All [R, K]."""
+    return config.beta * alphapo(logps / length, config.alphapo_alpha)
+
+
+def _per_token(pairs: Pairs) -> tuple[mx.array, mx.array]:
+    return pairs.policy_chosen / pairs.chosen_length, pairs.policy_rejected / pairs.rejected_length
+
+
+def _sum_margin(pairs: Pairs, config: LossConfig) -> mx.array:
+    alpha = config.alphapo_alpha
+    return alphapo(pairs.policy_chosen, alpha) - alphapo(pairs.policy_rejected, alpha)
+
+
+def _mean_margin(pairs: Pairs, config: LossConfig) -> mx.array:
+    chosen, rejected = _per_token(pairs)
+    return alphapo(chosen, config.alphapo_alpha) - alphapo(rejected, config.alphapo_alpha)
+
+
+def _chosen_nll(pairs: Pairs, config: LossConfig) -> mx.array:
+    return config.cpo_alpha * token_mean_nll(pairs.policy_chosen, pairs.chosen_length)

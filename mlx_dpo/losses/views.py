@@ -1,0 +1,161 @@
+"""From token log-probs to what a loss reads: one named view for each kind of row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_dpo.arrays import Kind, TokenLogps
+from mlx_dpo.config import LossConfig
+from mlx_dpo.losses.divergences import score
+
+
+class Pairs(NamedTuple):
+    """R preference pairs, y_w (chosen) ≻ y_l (rejected). Arrays are [R], in nats, summed over tokens, unless said
+    otherwise."""
+
+    policy_chosen: mx.array  # log π(y_w|x)
+    policy_rejected: mx.array  # log π(y_l|x)
+    reference_chosen: mx.array  # log π_ref(y_w|x); zeros without a reference
+    reference_rejected: mx.array
+    chosen_score: mx.array  # f'(π/π_ref): the log-ratio unless another f-divergence is asked for
+    rejected_score: mx.array
+    chosen_length: mx.array  # completion tokens
+    rejected_length: mx.array
+    rejected_tokens: mx.array  # [R, C] log π of each token of y_l
+    rejected_mask: mx.array  # [R, C]
+
+    @property
+    def chosen_ratio(self) -> mx.array:
+        """log π(y_w|x) - log π_ref(y_w|x)."""
+        return self.policy_chosen - self.reference_chosen
+
+    @property
+    def rejected_ratio(self) -> mx.array:
+        """log π(y_l|x) - log π_ref(y_l|x)."""
+        return self.policy_rejected - self.reference_rejected
+
+    @property
+    def margin(self) -> mx.array:
+        """How much more the policy has moved to y_w than to y_l, in scores; β times it is the reward margin."""
+        return self.chosen_score - self.rejected_score
+
+    @property
+    def margin_per_token(self) -> mx.array:
+        """The margin with each score divided by its completion's length."""
+        return self.chosen_score / self.chosen_length - self.rejected_score / self.rejected_length
+
+
+class Rankings(NamedTuple):
+    """R rankings of up to K answers, [R, K] each."""
+
+    log_ratio: mx.array  # log π(y_k|x) - log π_ref(y_k|x)
+    rank: mx.array  # ascending from the best; equal is a tie, 0 an absent answer
+
+
+class Unpaired(NamedTuple):
+    """R judged completions, [R] each."""
+
+    log_ratio: mx.array  # log π(y|x) - log π_ref(y|x)
+    label: mx.array  # +1 good, -1 bad
+    mismatched_log_ratio: mx.array | None  # the same of another row's completion y'; None where the batch has none
+
+
+class Demonstrations(NamedTuple):
+    """R completions to imitate, [R] each."""
+
+    policy: mx.array  # log π(y|x)
+    length: mx.array  # completion tokens
+
+
+def token_weights(mask: mx.array, ld_alpha: float | None) -> mx.array:
+    """The weight of each token in a sequence's log-prob: `mask` [R, K, C], and with LD-DPO α beyond the shortest
+    answer.
+
+    Liu et al. 2024, LD-DPO (arXiv 2409.06411): the tokens that one answer has more than the other count α times, so
+    that length alone earns less. α = 1 is no weighting, α = 0 cuts both answers to the shorter one's length.
+    """
+    if ld_alpha is None:
+        return mask
+    shortest = mask.sum(axis=-1).min(axis=-1)[:, None, None]
+    return mask * mx.where(mx.cumsum(mask, axis=-1) <= shortest, 1.0, ld_alpha)
+
+
+def sequence_logps(logps: mx.array, mask: mx.array, config: LossConfig) -> mx.array:
+    """log π(y|x) [R, K] of token log-probs [R, K, C], with LD-DPO's weights where the config asks for them."""
+    return (logps * token_weights(mask, config.ld_alpha)).sum(axis=-1)
+
+
+def lengths(mask: mx.array) -> mx.array:
+    """Completion tokens [R, K], at least 1 so that an absent answer divides by no zero."""
+    return mx.maximum(mask.sum(axis=-1), 1.0)
+
+
+def pairs(
+    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
+) -> Pairs:
+    """The view of a pair batch, K = 2 with the chosen answer first."""
+    if mask.shape[1] != 2:
+        raise ValueError(f"{config.type} compares two answers a row, and the batch has {mask.shape[1]}")
+    logps, reference_logps = sequence_logps(policy.logps, mask, config), sequence_logps(reference, mask, config)
+    scores = score(logps - reference_logps, config.f_divergence_type, config.f_alpha_divergence_coef)
+    length = lengths(mask)
+    return Pairs(
+        policy_chosen=logps[:, 0],
+        policy_rejected=logps[:, 1],
+        reference_chosen=reference_logps[:, 0],
+        reference_rejected=reference_logps[:, 1],
+        chosen_score=scores[:, 0],
+        rejected_score=scores[:, 1],
+        chosen_length=length[:, 0],
+        rejected_length=length[:, 1],
+        rejected_tokens=policy.logps[:, 1],
+        rejected_mask=mask[:, 1],
+    )
+
+
+def rankings(
+    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
+) -> Rankings:
+    """The view of a batch of rankings, K ≥ 2."""
+    return Rankings(log_ratio=((policy.logps - reference) * mask).sum(axis=-1), rank=rank)
+
+
+def unpaired(
+    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
+) -> Unpaired:
+    """The view of a batch of judged completions: answer 0 is judged, answer 1, where there is one, is another row's."""
+    if label is None:
+        raise ValueError(f"{config.type} needs a label for every row")
+    log_ratio = ((policy.logps - reference) * mask).sum(axis=-1)
+    return Unpaired(
+        log_ratio=log_ratio[:, 0],
+        label=label,
+        mismatched_log_ratio=log_ratio[:, 1] if mask.shape[1] > 1 else None,
+    )
+
+
+def demonstrations(
+    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
+) -> Demonstrations:
+    """The view of answer 0 alone: the demonstration, the chosen or the best answer."""
+    return Demonstrations(policy=(policy.logps[:, 0] * mask[:, 0]).sum(axis=-1), length=lengths(mask[:, 0]))
+
+
+VIEWS: dict[Kind, Callable[..., NamedTuple]] = {
+    "pair": pairs,
+    "ranking": rankings,
+    "unpaired": unpaired,
+    "demonstration": demonstrations,
+}
+
+ACCEPTS: dict[Kind, frozenset[Kind]] = {
+    "pair": frozenset({"pair"}),
+    "ranking": frozenset({"ranking", "pair"}),
+    "unpaired": frozenset({"unpaired"}),
+    "demonstration": frozenset({"demonstration", "pair", "ranking"}),
+}
+"""The kinds of rows from which each view can be made: a pair is a ranking of two, and its chosen answer a
+demonstration."""
