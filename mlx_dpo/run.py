@@ -1,0 +1,118 @@
+"""What lies where in a run folder, the lock on it, and writing that is never seen half done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mlx_dpo.errors import RunError
+
+LOCK = ".lock"
+
+
+class RunFolder:
+    """The files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings, enough to run again."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object a report or evaluation: the one source for pictures, trackers and pages."""
+        return self.path / "metrics.jsonl"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the whole training state after `step` optimizer steps."""
+        return self.path / "checkpoints" / f"step-{step:07d}"
+
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints that there are, oldest first."""
+        return sorted((self.path / "checkpoints").glob("step-[0-9]*"))
+
+    def append_metrics(self, metrics: dict[str, Any]) -> None:
+        """Adds a line to `metrics.jsonl`."""
+        with self.metrics.open("a") as stream:
+            stream.write(json.dumps(metrics) + "\n")
+
+    def keep_metrics_until(self, step: int) -> None:
+        """Drops the lines after `step`, which a resumed run will write again."""
+        if not self.metrics.exists():
+            return
+        lines = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+        with written_whole(self.metrics) as beside:
+            beside.write_text("".join(line + "\n" for line in lines))
+
+
+@contextmanager
+def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
+    """The run folder, made when missing and locked while the `with` lasts; a killed process leaves no lock.
+
+    Raises:
+        RunError: the folder holds something and `resume` is not asked for, or another process trains into it.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"--output {path} is a file", "name a folder")
+    held = [entry.name for entry in path.iterdir() if entry.name != LOCK] if path.is_dir() else []
+    if held and not resume:
+        raise RunError(
+            f"--output {path} exists and holds {', '.join(sorted(held)[:4])}{' …' if len(held) > 4 else ''}",
+            "go on with it by --resume, or name another folder by --output",
+        )
+    if resume and not held:
+        raise RunError(f"nothing to resume in {path}", "leave --resume out to start a new run")
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK).open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(f"another process is training into {path}", "wait for it, or name another --output") from error
+        try:
+            yield RunFolder(path)
+        finally:
+            (path / LOCK).unlink(missing_ok=True)
+            if not any(path.iterdir()):
+                path.rmdir()  # nothing came of it: leave nothing behind
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to; it becomes `target` by a rename once the `with` ends well.
+
+    A name without suffix is a folder, made here. On an error nothing of it is left, and `target` is as it was.
+    """
+    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.suffix:
+        beside.mkdir()
+    try:
+        yield beside
+        for file in [beside] if beside.is_file() else [entry for entry in beside.rglob("*") if entry.is_file()]:
+            with file.open("rb") as stream:
+                os.fsync(stream.fileno())
+        if target.is_dir():
+            shutil.rmtree(target)
+        beside.replace(target)
+    finally:
+        if beside.is_dir():
+            shutil.rmtree(beside)
+        else:
+            beside.unlink(missing_ok=True)
+
+
+def _step(line: str) -> int:
+    """The step that a line of metrics speaks of; a line cut short by a kill speaks of none."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 1 << 60
