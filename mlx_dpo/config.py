@@ -95,6 +95,7 @@ class TrainConfig:
     seed: int = 0
     shuffle: bool = True  # false: rows in file order
     grad_checkpoint: bool = False
+    token_metrics: bool = False  # also entropy, logits and token accuracy, which cost a part of the head
     steps_per_report: int = 1
     steps_per_eval: int | None = 50  # null: only at the end
     save_every: int = 50  # optimizer steps between checkpoints

@@ -1,0 +1,41 @@
+"""Ctrl-C as a wish that is heard between steps, so that nothing is left half done."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class Wish:
+    """Whether somebody has asked to stop."""
+
+    def __init__(self) -> None:
+        self.stop = False
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Wish]:
+    """Inside the `with`, the first SIGINT or SIGTERM sets `stop`; the second one acts at once, as it always does.
+
+    Outside the main thread, where Python takes no signals, the wish is never made.
+    """
+    wish = Wish()
+    if threading.current_thread() is not threading.main_thread():
+        yield wish
+        return
+    previous = {}
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        wish.stop = True
+        signal.signal(number, previous[number])
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, hear)
+    try:
+        yield wish
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,127 @@
+"""Everything before the first step: data, model, adapter, and the reference's log-probs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dpo import lora, reference
+from mlx_dpo.arrays import Kind
+from mlx_dpo.config import LossConfig, RunConfig
+from mlx_dpo.data.load import load_splits
+from mlx_dpo.encode import TokenizedRow, encode_records
+from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.logprobs import Scorer
+from mlx_dpo.losses import accepted_kinds, needs_reference
+from mlx_dpo.model import LoadedModel, load
+
+
+@dataclass
+class Stage:
+    """All that the loop works with."""
+
+    config: RunConfig
+    loaded: LoadedModel
+    adapter: lora.Adapter
+    scorer: Scorer
+    rows: list[TokenizedRow]
+    valid: list[TokenizedRow]
+    reference: reference.Reference | None
+    valid_reference: reference.Reference | None
+    kind: Kind
+    total_steps: int
+
+
+def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
+    """Everything before the first step: data, model, adapter, and the reference's log-probs."""
+    kind = kind_of(config.loss)
+    splits = load_splits(
+        config.data.path, valid_fraction=config.data.valid_fraction, seed=config.data.split_seed, kind=kind
+    )
+    on_event(Phase("loading the model", 0, 1, ""))
+    loaded = load(config.model)
+    on_event(Phase("loading the model", 1, 1, ""))
+    rows, report = encode_records(splits.train, loaded.tokenizer, config.data)
+    valid = encode_records(splits.valid, loaded.tokenizer, config.data)[0] if splits.valid else []
+    for text in report.warnings(config.data.max_length):
+        on_event(Warned(text))
+    if len(rows) < config.train.batch_size:
+        on_event(Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all"))
+    if kind == "unpaired":
+        rows, valid = mismatched(rows), mismatched(valid)
+
+    start = config.model.adapter
+    if start:
+        adapter = lora.load(loaded.model, start, dropout=config.lora.dropout)
+    else:
+        adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
+    scorer = Scorer(loaded.model)
+    known = valid_known = None
+    if config.loss.reference != "none" and needs_reference(config.loss):
+        known, valid_known = _reference(config, loaded, scorer, rows, valid, on_event)
+    micro = math.ceil(len(rows) / config.train.batch_size)
+    steps = config.train.iters or math.ceil(config.train.epochs * math.ceil(micro / config.train.grad_accumulation_steps))
+    mx.random.seed(config.train.seed)
+    return Stage(config, loaded, adapter, scorer, rows, valid, known, valid_known, kind, steps)
+
+
+def kind_of(loss: LossConfig) -> Kind:
+    """The kind of rows that a loss is trained on."""
+    kinds = accepted_kinds(loss)
+    return next(kind for kind in ("pair", "ranking", "unpaired", "demonstration") if kind in kinds)
+
+
+def mismatched(rows: list[TokenizedRow]) -> list[TokenizedRow]:
+    """Unpaired rows with a second answer, the next row's: what KTO estimates its KL from (Ethayarajh et al. 2024)."""
+    following = rows[1:] + rows[:1]
+    return [
+        row._replace(completions=row.completions + other.completions, starts=(0, 0), ranks=(1.0, 0.0))
+        for row, other in zip(rows, following, strict=True)
+    ]
+
+
+def _reference(
+    config: RunConfig,
+    loaded: LoadedModel,
+    scorer: Scorer,
+    rows: list[TokenizedRow],
+    valid: list[TokenizedRow],
+    on_event: OnEvent,
+) -> tuple[reference.Reference, reference.Reference]:
+    from_base = config.loss.reference == "base" or not config.model.adapter
+    digest = reference.model_digest(loaded, with_adapter=not from_base)
+    with lora.switched_off(loaded.model) if from_base else nullcontext():
+        loaded.model.eval()
+        known = reference.compute_reference(
+            scorer, [*rows, *valid], digest, batch_size=config.train.batch_size, on_event=on_event
+        )
+    return known[: len(rows)], known[len(rows) :]
+
+
+def fingerprint(stage: Stage) -> dict[str, Any]:
+    """What decides the batches and what they mean; a checkpoint is only good where all of it is the same."""
+    config = stage.config
+    ids = hashlib.blake2b(digest_size=16)
+    for row in [*stage.rows, *stage.valid]:
+        ids.update(json.dumps([row.prompt, row.completions, row.ranks, row.label]).encode())
+    return {
+        "rows": ids.hexdigest(),
+        "model": stage.loaded.name + " " + stage.loaded.form,
+        "start": config.model.adapter,
+        "lora": asdict(stage.adapter) | {"keys": list(stage.adapter.keys)},
+        "loss": asdict(config.loss),
+        "optim": asdict(config.optim),
+        "total_steps": stage.total_steps,
+        "order": [
+            config.train.seed,
+            config.train.shuffle,
+            config.train.batch_size,
+            config.train.grad_accumulation_steps,
+        ],
+    }

@@ -1,0 +1,147 @@
+"""log π_ref: computed once, kept on disk by content, shared between runs, epochs and sweeps."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.arrays import TokenLogps
+from mlx_dpo.batching import Batch, length, make_batch
+from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.logprobs import Scorer
+from mlx_dpo.lora import parameters
+from mlx_dpo.model import LoadedModel
+
+Reference = list[list[np.ndarray]]
+"""For each row, for each answer: log π_ref of every completion token, float32."""
+
+
+def cache_folder() -> Path:
+    """Where what can be computed again is kept: `MLX_DPO_CACHE`, or `~/.cache/mlx_dpo`."""
+    return Path(os.environ.get("MLX_DPO_CACHE") or "~/.cache/mlx_dpo").expanduser()
+
+
+def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
+    """A name for the function that `loaded` computes: weights, configuration, form, device, and the adapter if it counts.
+
+    Files are hashed by content. A digest is remembered by path, size and time of change, so a large model is read once.
+    """
+    whole = hashlib.blake2b(digest_size=20)
+    files = sorted([*loaded.path.glob("model*.safetensors"), loaded.path / "config.json", *loaded.path.glob("*.py")])
+    for file in files:
+        whole.update(f"{file.name}:{_file_digest(file)};".encode())
+    whole.update(f"{loaded.form};{mx.default_device()};".encode())
+    if with_adapter:
+        for name, value in sorted(parameters(loaded.model).items()):
+            module: Any = loaded.model
+            for part in name.split(".")[:-1]:
+                module = module[int(part)] if part.isdigit() else module[part]
+            whole.update(f"{name}:{module.scale};".encode() + np.array(value.astype(mx.float32)).tobytes())
+    return whole.hexdigest()
+
+
+def compute_reference(
+    scorer: Scorer, rows: Sequence[TokenizedRow], digest: str, *, batch_size: int, on_event: OnEvent = ignore
+) -> Reference:
+    """Reference log-probs of all `rows`, from the store where it has them; the rest is computed and stored batch by batch.
+
+    The caller has put the model in the reference's state (adapter off, or the starting adapter) and in evaluation mode.
+    An interruption loses at most one batch.
+    """
+    keys = [[_sequence_key(row.context(k), ids) for k, ids in enumerate(row.completions)] for row in rows]
+    with _open_store(digest) as store:
+        known = _fetch(store, {key for row in keys for key in row})
+        missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
+        missing.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
+        for start in range(0, len(missing), batch_size):
+            on_event(Phase("reference log-probs", start, len(missing), "rows"))
+            places = missing[start : start + batch_size]
+            batch = make_batch([rows[i] for i in places], places)
+            fresh = score_batch(scorer, batch)
+            pairs = [(keys[i][k], fresh[r][k]) for r, i in enumerate(places) for k in range(len(keys[i]))]
+            known.update(pairs)
+            store.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", [(k, v.tobytes()) for k, v in pairs])
+            store.commit()
+        on_event(Phase("reference log-probs", len(missing), len(missing), "rows"))
+    return [[known[key] for key in row] for row in keys]
+
+
+def score_batch(scorer: Scorer, batch: Batch) -> Reference:
+    """Token log-probs of a batch as arrays on the host, one a completion."""
+    out = scorer(batch, gradient=False)
+    mx.eval(out.logps)
+    values = np.array(out.logps)
+    return [
+        [values[r, k, : batch.completion_length[r, k]].copy() for k in range(values.shape[1])]
+        for r in range(values.shape[0])
+    ]
+
+
+def reference_batch(reference: Reference, batch: Batch) -> mx.array:
+    """The rows of a batch, padded like it: `[R, K, C]` float32."""
+    padded = np.zeros(batch.mask.shape, np.float32)
+    for r, place in enumerate(batch.index):
+        for k, values in enumerate(reference[place]):
+            padded[r, k, : len(values)] = values
+    return mx.array(padded)
+
+
+def total_logps(out: TokenLogps) -> mx.array:
+    """log π(y|x), `[R, K]`: the sum over completion tokens."""
+    return out.logps.sum(-1)
+
+
+@contextmanager
+def _open_store(digest: str) -> Iterator[sqlite3.Connection]:
+    folder = cache_folder() / "reference"
+    folder.mkdir(parents=True, exist_ok=True)
+    store = sqlite3.connect(folder / f"{digest}.sqlite", timeout=60)
+    try:
+        store.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
+        yield store
+    finally:
+        store.close()
+
+
+def _fetch(store: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
+    found: dict[bytes, np.ndarray] = {}
+    wanted = list(keys)
+    for start in range(0, len(wanted), 500):
+        part = wanted[start : start + 500]
+        marks = ",".join("?" * len(part))
+        for key, value in store.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", part):
+            found[key] = np.frombuffer(value, np.float32)
+    return found
+
+
+def _sequence_key(context: Sequence[int], completion: Sequence[int]) -> bytes:
+    ids = np.array([len(context), *context, *completion], np.int32)
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
+
+
+def _file_digest(file: Path) -> str:
+    real = file.resolve()
+    facts = real.stat()
+    name = hashlib.blake2b(f"{real}:{facts.st_size}:{facts.st_mtime_ns}".encode(), digest_size=16).hexdigest()
+    memory = cache_folder() / "digests" / f"{name}.json"
+    if memory.is_file():
+        return str(json.loads(memory.read_text()))
+    with real.open("rb") as stream:
+        digest = hashlib.blake2b(digest_size=20)
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    memory.parent.mkdir(parents=True, exist_ok=True)
+    beside = memory.with_suffix(f".{os.getpid()}")
+    beside.write_text(json.dumps(digest.hexdigest()))
+    beside.replace(memory)
+    return digest.hexdigest()

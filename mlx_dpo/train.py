@@ -1,0 +1,250 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+from mlx.utils import tree_flatten, tree_map
+
+from mlx_dpo import reference
+from mlx_dpo.batching import Batch, make_batch, order_batches, padding_share
+from mlx_dpo.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
+from mlx_dpo.config import RunConfig
+from mlx_dpo.errors import RunError
+from mlx_dpo.evaluate import evaluate_rows, labels
+from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
+from mlx_dpo.interrupt import deferred_interrupt
+from mlx_dpo.logprobs import STATS
+from mlx_dpo.losses import check_loss_config, compute_loss
+from mlx_dpo.metrics import Sums, averages, batch_metrics
+from mlx_dpo.optim import learning_rate, make_optimizer
+from mlx_dpo.prepare import Stage, fingerprint, prepare
+from mlx_dpo.run import RunFolder, open_run
+from mlx_dpo.settings import to_yaml
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `evaluations` are the held-out metrics, with their `step`, from before the first step to the end."""
+
+    output: Path
+    steps: int
+    total_steps: int
+    interrupted: bool
+    evaluations: list[dict[str, float]]
+    best_step: int
+
+
+def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore) -> TrainResult:
+    """Trains an adapter as `config` says and leaves it in `config.train.output`.
+
+    The first Ctrl-C (SIGINT, SIGTERM) ends the run after the step at hand with a checkpoint; `resume` goes on from the
+    newest one with exactly the batches, random numbers and optimizer state that would have come.
+
+    Raises:
+        MlxDpoError: of the kind that says what is wrong with the data, the model, the settings or the run folder.
+    """
+    check_loss_config(config.loss)
+    with open_run(Path(config.train.output), resume=resume) as run:
+        stage = prepare(config, on_event)
+        optimizer = make_optimizer(config.optim)
+        optimizer.init(stage.loaded.model.trainable_parameters())
+        progress = _where_to_begin(stage, run, optimizer, resume=resume)
+        take_step = _make_step(stage, optimizer)
+        on_event(Started(_facts(stage), stage.total_steps, progress.step))
+        with deferred_interrupt() as wish:
+            if progress.step == 0:
+                _evaluate(stage, run, progress, on_event)
+
+            while progress.step < stage.total_steps and not wish.stop:
+                rate = learning_rate(config.optim, progress.step, stage.total_steps)
+                metrics = take_step(_next_batches(stage, progress), rate, progress)
+
+                # once in a while: report, evaluate, save
+                _report(stage, run, progress, metrics, on_event)
+                last = progress.step == stage.total_steps
+                every = config.train.steps_per_eval
+                if last or (every and progress.step % every == 0):
+                    _evaluate(stage, run, progress, on_event)
+                if last or wish.stop or progress.step % config.train.save_every == 0:
+                    _save(stage, run, optimizer, progress, on_event)
+
+        _write_final(stage, run, progress)
+        on_event(Saved(progress.step, run.path))
+        return TrainResult(
+            output=run.path,
+            steps=progress.step,
+            total_steps=stage.total_steps,
+            interrupted=progress.step < stage.total_steps,
+            evaluations=progress.evaluations,
+            best_step=progress.best_step,
+        )
+
+
+def _make_step(
+    stage: Stage, optimizer: optimizers.Optimizer
+) -> Callable[[list[list[int]], float, Progress], dict[str, float]]:
+    """One optimizer step over micro-batches: gradients weighted by rows, clipped, applied; gives the metrics."""
+    config, model = stage.config, stage.loaded.model
+    stats = STATS if config.train.token_metrics else ()
+    if config.loss.use_weighting and "log_sum_p2" not in stats:
+        stats = (*stats, "log_sum_p2")
+
+    def objective(model: nn.Module, batch: Batch, weight: float) -> tuple[mx.array, Sums]:
+        policy = stage.scorer(batch, stats, gradient=True)
+        base = reference.reference_batch(stage.reference, batch) if stage.reference is not None else None
+        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, stage.kind)
+        output = compute_loss(policy, base, mask, rank, label, config.loss)
+        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind)
+
+    gradient_of = nn.value_and_grad(model, objective)
+
+    def step(micro_batches: list[list[int]], rate: float, progress: Progress) -> dict[str, float]:
+        began = time.perf_counter()
+        model.train()
+        total = sum(map(len, micro_batches))
+        gradients, parts = None, []
+        for places in micro_batches:
+            batch = make_batch([stage.rows[i] for i in places], places)
+            (_, sums), fresh = gradient_of(model, batch, len(places) / total)
+            gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
+            mx.eval(gradients, sums)  # here, so that one micro-batch's activations are gone before the next one's
+            parts.append(sums)
+            progress.tokens += int(batch.tokens_length.sum())
+        gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)
+        optimizer.learning_rate = rate
+        optimizer.update(model, gradients)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+        progress.step += 1
+        progress.seconds += time.perf_counter() - began
+        metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise RunError(
+                f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; nothing was saved of it",
+                "lower --learning-rate, or look at the rows with `mlx-dpo check`; --resume goes on from the last checkpoint",
+            )
+        return metrics
+
+    return step
+
+
+def _next_batches(stage: Stage, progress: Progress) -> list[list[int]]:
+    """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
+    train = stage.config.train
+    batches = order_batches(stage.rows, train.batch_size, seed=train.seed, epoch=progress.epoch, shuffle=train.shuffle)
+    taken = batches[progress.position : progress.position + train.grad_accumulation_steps]
+    progress.position += len(taken)
+    if progress.position == len(batches):
+        progress.epoch, progress.position = progress.epoch + 1, 0
+    return taken
+
+
+def _report(stage: Stage, run: RunFolder, progress: Progress, metrics: dict[str, float], on_event: OnEvent) -> None:
+    if progress.step == 1:
+        _check_first_step(stage, metrics, on_event)
+    if progress.step % stage.config.train.steps_per_report == 0 or progress.step == stage.total_steps:
+        batches = math.ceil(len(stage.rows) / stage.config.train.batch_size)
+        metrics |= {
+            "epoch": progress.epoch + progress.position / batches,
+            "num_tokens": float(progress.tokens),
+            "seconds": progress.seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        run.append_metrics({"step": progress.step} | metrics)
+    on_event(Stepped(progress.step, stage.total_steps, metrics))
+
+
+def _check_first_step(stage: Stage, metrics: dict[str, float], on_event: OnEvent) -> None:
+    """Before the first update a fresh adapter is the base model, and DPO's loss is ln 2: a free check of everything."""
+    same = not stage.config.model.adapter or (stage.config.loss.reference == "start" and not stage.config.lora.dropout)
+    drift = metrics.get("kl/token", 0.0)
+    if same and drift > 1e-3:
+        on_event(
+            Warned(
+                f"before the first update policy and reference should be one function, but differ (KL {drift:.2g} a token, "
+                f"loss {metrics['loss']:.4f}): the model is not deterministic, or the reference cache belongs to other weights"
+            )
+        )
+
+
+def _evaluate(stage: Stage, run: RunFolder, progress: Progress, on_event: OnEvent) -> None:
+    """Scores the held-out rows, and keeps the adapter where it is the best so far (the lowest held-out loss)."""
+    if not stage.valid:
+        return
+    stage.loaded.model.eval()
+    found = evaluate_rows(
+        stage.scorer, stage.valid, stage.valid_reference, stage.config.loss, stage.kind,
+        batch_size=stage.config.train.batch_size, on_event=on_event,
+    )  # fmt: skip
+    progress.evaluations.append({"step": float(progress.step)} | found)
+    best = progress.step > 0 and (progress.best is None or found["loss"] < progress.best["loss"])
+    if best:
+        progress.best, progress.best_step = found, progress.step
+        if stage.config.train.keep_best:
+            write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
+    run.append_metrics({"step": progress.step} | {f"eval_{name}": value for name, value in found.items()})
+    on_event(Evaluated(progress.step, found, best))
+
+
+def _where_to_begin(stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, *, resume: bool) -> Progress:
+    """A fresh start, or with `resume` the state of the newest checkpoint; the files of the run are brought to it."""
+    settings = fingerprint(stage)
+    checkpoints = run.checkpoints() if resume else []
+    if not checkpoints:
+        run.config.write_text(to_yaml(stage.config))
+        progress = Progress(fingerprint=settings)
+    else:
+        progress = restore_checkpoint(checkpoints[-1], stage.loaded.model, optimizer, settings)
+    run.keep_metrics_until(progress.step if checkpoints else -1)
+    return progress
+
+
+def _facts(stage: Stage) -> dict[str, str]:
+    """What people want to know before the first step."""
+    config = stage.config
+    batches = order_batches(
+        stage.rows, config.train.batch_size, seed=config.train.seed, epoch=0, shuffle=config.train.shuffle
+    )
+    trained = sum(value.size for _, value in tree_flatten(stage.loaded.model.trainable_parameters()))
+    adapter = stage.adapter
+    return {
+        "model": f"{stage.loaded.name} ({stage.loaded.form})",
+        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, {trained / 1e6:.2f} M parameters",
+        "loss": f"{config.loss.type}, β {config.loss.beta:g}",
+        "reference": _reference_in_words(stage),
+        "rows": f"{len(stage.rows)} to train on, {len(stage.valid)} held out",
+        "padding": f"{100 * padding_share(stage.rows, batches):.0f} % of the tokens in a batch",
+        "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
+    }
+
+
+def _reference_in_words(stage: Stage) -> str:
+    if stage.reference is None:
+        return "none"
+    start = stage.config.model.adapter
+    if not start:
+        return "base model (adapter off), which a fresh adapter equals"
+    return f"the starting adapter {start}" if stage.config.loss.reference == "start" else "base model (adapter off)"
+
+
+def _save(
+    stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, progress: Progress, on_event: OnEvent
+) -> None:
+    path = save_checkpoint(
+        run, stage.loaded.model, stage.adapter, optimizer, progress,
+        base=stage.loaded.name, keep=stage.config.train.keep_checkpoints,
+    )  # fmt: skip
+    on_event(Saved(progress.step, path))
+
+
+def _write_final(stage: Stage, run: RunFolder, progress: Progress) -> None:
+    """The adapter of the last step, unless the best evaluation's is kept."""
+    if not (stage.config.train.keep_best and progress.best):
+        write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
