@@ -1,5 +1,4 @@
-"""What a batch says about the run: TRL's metrics under TRL's names, as sums with counts, so that averages over
-micro-batches are exact."""
+"""What a batch says about the run: TRL's metrics under TRL's names, kept as sums so that averages are exact."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from mlx_dpo.arrays import Kind, LossOutput, TokenLogps
 
 
 class Mean(NamedTuple):
-    """A mean that can be continued: `total` / `number`, both []."""
+    """A mean that can be continued over batches: `total` / `number`, both []."""
 
     total: mx.array
     number: mx.array
@@ -31,19 +30,20 @@ def batch_metrics(
     label: mx.array | None,
     kind: Kind,
 ) -> Sums:
-    """The metrics of a micro-batch of R rows; the arguments are those of `compute_loss` and its output. Fit for
-    `mx.compile`.
+    """The metrics of a micro-batch of R rows; takes what `compute_loss` takes, and its output. Fit for `mx.compile`.
 
-    Of a ranking, "chosen" are the answers of the best rank and "rejected" those of the worst; of unpaired rows the good
-    and the bad.
+    Chosen and rejected are, of a ranking, the answers of the best and of the worst rank; of unpaired rows, the good and
+    the bad; of demonstrations, all are chosen.
 
-    loss: mean over rows. rewards/chosen, rewards/rejected: mean implicit reward. rewards/accuracies: share of the pairs
-    of unequal rank whose better answer has the higher reward; a tie counts as wrong. rewards/kendall_tau (rankings):
-    mean τ-b. logps/chosen, logps/rejected: mean log π(y|x), a sum over tokens. kl (KTO): the z of its loss.
-    kl/sequence, kl/token (with a reference): KL(π‖π_ref) as k2 of `kl_estimate` sees it on the data's answers. Only
-    where `policy` has what they are made of: entropy, mean over completion tokens, nats; logits/chosen,
-    logits/rejected, mean over their tokens of the mean logit; mean_token_accuracy, share of chosen tokens that are the
-    argmax. rewards/margins is made by `averages`.
+    - loss: mean over rows.
+    - rewards/chosen, rewards/rejected: mean implicit reward. rewards/margins is made of them by `averages`.
+    - rewards/accuracies: share of the pairs of unequal rank whose better answer has the higher reward; a tie is wrong.
+    - rewards/kendall_tau, of rankings: mean τ-b.
+    - logps/chosen, logps/rejected: mean log π(y|x), summed over tokens.
+    - kl, of unpaired rows: KTO's z.
+    - kl/sequence, kl/token, with a reference: KL(π‖π_ref) as `kl_estimate` sees it by k2 on the data's answers.
+    - entropy: mean over completion tokens, nats; logits/chosen, logits/rejected: mean over tokens of the mean logit;
+      mean_token_accuracy: share of chosen tokens that are the argmax. Each only where `policy` has what it is made of.
     """
     chosen, rejected = roles(rank, label)
     answers = (rank > 0).astype(mask.dtype)
@@ -75,17 +75,16 @@ def batch_metrics(
 
 
 def averages(parts: Iterable[Sums]) -> dict[str, float]:
-    """The metrics of several micro-batches together, as if they had been one: Σ totals / Σ counts. Evaluates the
-    arrays.
+    """The metrics of several micro-batches as if they had been one: Σ totals / Σ numbers. Evaluates the arrays.
 
-    Adds rewards/margins, the mean chosen reward less the mean rejected one. What was counted nowhere is left out.
+    Adds rewards/margins, the mean chosen reward less the mean rejected one. A mean over nothing is left out.
     """
     totals: dict[str, list[float]] = {}
     for part in parts:
         for name, mean in part.items():
             sums = totals.setdefault(name, [0.0, 0.0])
-            sums[0] += mean.total.item()
-            sums[1] += mean.number.item()
+            sums[0] += float(mean.total)
+            sums[1] += float(mean.number)
     means = {name: total / count for name, (total, count) in totals.items() if count > 0}
     if "rewards/chosen" in means and "rewards/rejected" in means:
         means["rewards/margins"] = means["rewards/chosen"] - means["rewards/rejected"]
@@ -93,7 +92,7 @@ def averages(parts: Iterable[Sums]) -> dict[str, float]:
 
 
 def roles(rank: mx.array, label: mx.array | None) -> tuple[mx.array, mx.array]:
-    """Which answers are chosen and which rejected: two masks [R, K], from `rank` [R, K] and, of unpaired rows, `label` [R]."""
+    """Which answers are chosen and which rejected, two masks [R, K]; `rank` [R, K], `label` [R] of unpaired rows."""
     present = rank > 0
     if label is not None:
         good = (label > 0)[:, None]
@@ -117,8 +116,10 @@ def kendall_tau(rewards: mx.array, rank: mx.array) -> tuple[mx.array, mx.array]:
     """Kendall's τ-b between the order by reward and the order by rank of each row: (τ [R], defined [R]).
 
     τ-b = (C - D) / √((P - T_rank)(P - T_reward)): C pairs ordered alike, D otherwise, P all pairs, T those tied in one
-    order. A row all of whose answers are tied in one of the orders has no τ: 0 with `defined` 0. Kendall 1945, "The
-    treatment of ties in ranking problems". Rewards 3, 1, 2 for ranks 1, 2, 3: C = 2, D = 1, P = 3: 1/3.
+    order. A row all of whose answers are tied in one of the orders has no τ: 0, with `defined` 0.
+    Kendall 1945, "The treatment of ties in ranking problems".
+
+    Example: rewards 3, 1, 2 for ranks 1, 2, 3: C = 2, D = 1, P = 3: 1/3.
     """
     present = rank > 0
     better = _better(rank)
@@ -134,10 +135,11 @@ def kendall_tau(rewards: mx.array, rank: mx.array) -> tuple[mx.array, mx.array]:
 def kl_estimate(log_ratio: mx.array, estimator: str) -> mx.array:
     """KL(π‖π_ref) of each token from log π - log π_ref of the token that stands there, nats; any shape.
 
-    Averaged over tokens it is the KL per token, summed over a sequence's tokens and averaged over sequences the KL per
-    sequence. k1 and k3 are unbiased for text that the policy wrote; k3 = e^-x - 1 + x has less variance but explodes on
-    tokens that the policy shuns. On other text, such as a data set's answers, k2 = x²/2 is right to second order near
-    the reference, never negative and grows slowly. Schulman 2020, "Approximating KL Divergence".
+    Averaged over tokens it is the KL per token; summed over a sequence's tokens and averaged over sequences, the KL per
+    sequence. With x the log-ratio: k1 = x and k3 = e^-x - 1 + x are unbiased on text that the policy wrote; k3 varies
+    less there, but explodes on tokens that the policy shuns. On other text, such as a data set's answers, k2 = x²/2 is
+    right to second order near the reference, never negative, and grows slowly.
+    Schulman 2020, "Approximating KL Divergence".
     """
     return KL_ESTIMATORS[estimator](log_ratio)
 
@@ -152,8 +154,8 @@ KL_ESTIMATORS: dict[str, Callable[[mx.array], mx.array]] = {
 def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     """The 95 % interval of a share from `successes` of `n` independent trials; (0, 1) when n is 0.
 
-    Wilson 1927; it stays inside [0, 1] and holds for few trials, unlike p ± 1.96 √(p(1-p)/n). Raises ValueError unless
-    0 ≤ successes ≤ n. 8 of 10: (0.490, 0.943).
+    It stays inside [0, 1] and holds for few trials, unlike p ± 1.96 √(p (1 - p) / n). Wilson 1927.
+    Raises ValueError unless 0 ≤ successes ≤ n. Example: 8 of 10: (0.490, 0.943).
     """
     if not 0 <= successes <= n:
         raise ValueError(f"{successes} successes of {n} trials")

@@ -8,7 +8,7 @@ from mlx_dpo.arrays import LossOutput, TokenLogps
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses.mix import Term, parse_mix
 from mlx_dpo.losses.unpaired import kl_estimate
-from mlx_dpo.losses.views import VIEWS, Unpaired, lengths, sequence_logps
+from mlx_dpo.losses.views import VIEWS, Answers, Unpaired
 
 
 def compute_loss(
@@ -26,39 +26,41 @@ def compute_loss(
     π_ref, [R, K, C]; None for a loss without reference, or for reference-free DPO. `mask` [R, K, C]: 1 on completion
     tokens, float. `rank` [R, K], float. `label` [R], float, of unpaired rows; else None.
 
-    loss = Σ_i weight_i · mean_rows(loss_i), TRL's mean over a micro-batch. Options that no loss of the mix reads have no effect here;
-    `check_loss_config` is what refuses them. Works inside `mx.compile` and `nn.value_and_grad`; the config is static.
+    loss = Σ_i weight_i · mean over rows of loss_i, TRL's mean over a micro-batch. Works inside `mx.compile` and
+    `nn.value_and_grad`; the config is static. An option that no loss of the mix reads has no effect here;
+    `check_loss_config` is what refuses it.
     Raises ValueError when the batch lacks what the loss needs: a second answer, a label, `log_sum_p2` for WPO.
     """
     terms = parse_mix(config.type)
-    base = mx.zeros_like(mask) if reference is None else reference
+    base = mx.zeros_like(policy.logps) if reference is None else reference
+    answers = Answers(tokens=policy.logps, reference_tokens=base, mask=mask, rank=rank, label=label)
     loss, kl = mx.array(0.0, dtype=policy.logps.dtype), None
     for term in terms:
-        view = VIEWS[term.spec.kind](policy, base, mask, rank, label, config)
+        view = VIEWS[term.spec.kind](answers, config)
         rows = term.spec.fn(view, config)
         if config.use_weighting and "use_weighting" in term.spec.options:
-            rows = rows * wpo_weights(policy, mask)
+            rows = rows * wpo_weights(policy, answers)
         loss = loss + term.weight * rows.mean()
         if isinstance(view, Unpaired) and view.mismatched_log_ratio is not None:
             kl = kl_estimate(view)
-    logps = mx.stop_gradient(sequence_logps(policy.logps, mask, config))
+    logps = mx.stop_gradient(answers.logps(config))
     preference = _preference_term(terms)
     rewards = None
     if preference is not None or reference is not None:
         reward = (preference or terms[0]).spec.reward
-        rewards = reward(logps, sequence_logps(base, mask, config), lengths(mask), config)
+        rewards = reward(logps, answers.reference_logps(config), answers.lengths(), config)
     return LossOutput(loss=loss, logps=logps, rewards=rewards, kl=kl)
 
 
-def wpo_weights(policy: TokenLogps, mask: mx.array) -> mx.array:
-    """How likely the policy is to write both answers of a pair, [R], without gradient; `mask` is [R, K, C].
+def wpo_weights(policy: TokenLogps, answers: Answers) -> mx.array:
+    """How likely the policy is to write both answers of a pair, [R], without gradient.
 
     w(x, y) = exp( mean_t( log π(y_t) - log Σ_v π(v)² ) ), multiplied over chosen and rejected: the pairs nearest to
     on-policy count most. Zhou et al. 2024, WPO (arXiv 2406.11827), eq. 2 with its alignment.
     """
     if policy.log_sum_p2 is None:
         raise ValueError("use_weighting needs the log-probs' log_sum_p2")
-    aligned = ((policy.logps - policy.log_sum_p2) * mask).sum(axis=-1) / lengths(mask)
+    aligned = ((policy.logps - policy.log_sum_p2) * answers.mask).sum(axis=-1) / answers.lengths()
     return mx.stop_gradient(mx.exp(aligned.sum(axis=-1)))
 
 

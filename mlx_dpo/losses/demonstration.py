@@ -9,12 +9,13 @@ from mlx_dpo.losses.views import Demonstrations
 
 
 def sft(rows: Demonstrations, config: LossConfig) -> mx.array:
-    """SFT: make the demonstration likely; on pairs, the chosen answer (Preferred-FT of Rafailov et al. 2023, section
-    6).
+    """SFT: make the demonstration likely; on pairs the chosen answer, which is Preferred-FT.
 
-    -Σ log π(y|x) / Σ |y|, both sums over the micro-batch: a mean over tokens, so long answers count more, and
-    micro-batches add up to a large batch only when weighted by their tokens. TRL's `sft` term, and cross-entropy as
-    always. Gives a scalar. Two rows, -6 nats over 3 tokens and -2 over 1: 8 / 4 = 2.
+    -Σ log π(y|x) / Σ |y|, both sums over the micro-batch, a scalar: a mean over tokens, so that micro-batches add up to
+    a large batch only when they are weighted by their tokens. Cross-entropy, and the `sft` term of TRL's mixes.
+    Preferred-FT is a baseline of Rafailov et al. 2023 (arXiv 2305.18290), section 6.
+
+    Example: two rows, -6 nats over 3 tokens and -2 over 1: 8 / 4 = 2.
     """
     return token_mean_nll(rows.policy, rows.length)
 

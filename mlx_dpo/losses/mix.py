@@ -33,7 +33,8 @@ def parse_mix(text: str) -> tuple[Term, ...]:
 
     Raises UsageError that lists every unknown name, repeated name and bad weight.
     """
-    wrong, terms = [], []
+    wrong: list[str] = []
+    terms: list[Term] = []
     for part in text.split(","):
         name, colon, number = (piece.strip() for piece in part.partition(":"))
         if name not in LOSSES:
@@ -111,7 +112,7 @@ def _out_of_range(config: LossConfig, terms: tuple[Term, ...]) -> list[str]:
     smoothing, noisy = config.label_smoothing, names & {"robust", "cdpo"}
     divergent = config.f_divergence_type != "reverse_kl"
     tied = [term.name for term in terms if term.spec.reference == "required"]
-    checks = {
+    failed = {
         "beta must be positive": "beta" in options and not config.beta > 0,
         "label_smoothing must lie in [0, 1)": not 0 <= smoothing < 1,
         f"label_smoothing of {' and '.join(sorted(noisy))} must be below 0.5": noisy and smoothing >= 0.5,
@@ -136,7 +137,7 @@ def _out_of_range(config: LossConfig, terms: tuple[Term, ...]) -> list[str]:
             config.reference == "none" and divergent
         ),
     }
-    return [message for message, fails in checks.items() if fails]
+    return [message for message, fails in failed.items() if fails]
 
 
 def _positive(number: str) -> float | None:

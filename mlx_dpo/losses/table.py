@@ -20,7 +20,7 @@ KTO = frozenset({"beta", "reference", "desirable_weight", "undesirable_weight"})
 
 
 def implicit_reward(logps: mx.array, reference: mx.array, length: mx.array, config: LossConfig) -> mx.array:
-    """β (log π(y|x) - log π_ref(y|x)), the reward of DPO; all [R, K]. TRL logs it whichever f-divergence is trained on."""
+    """β (log π(y|x) - log π_ref(y|x)), DPO's reward; all [R, K]. TRL logs it whichever f-divergence is trained on."""
     return config.beta * (logps - reference)
 
 

@@ -7,14 +7,13 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_dpo.arrays import Kind, TokenLogps
+from mlx_dpo.arrays import Kind
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses.divergences import score
 
 
 class Pairs(NamedTuple):
-    """R preference pairs, y_w (chosen) ≻ y_l (rejected). Arrays are [R], in nats, summed over tokens, unless said
-    otherwise."""
+    """R preference pairs, y_w (chosen) over y_l (rejected). Arrays are [R], log-probs summed over tokens, in nats."""
 
     policy_chosen: mx.array  # log π(y_w|x)
     policy_rejected: mx.array  # log π(y_l|x)
@@ -71,11 +70,10 @@ class Demonstrations(NamedTuple):
 
 
 def token_weights(mask: mx.array, ld_alpha: float | None) -> mx.array:
-    """The weight of each token in a sequence's log-prob: `mask` [R, K, C], and with LD-DPO α beyond the shortest
-    answer.
+    """The weight of each token in its sequence's log-prob, [R, K, C]: the mask, times α beyond the shortest answer.
 
-    Liu et al. 2024, LD-DPO (arXiv 2409.06411): the tokens that one answer has more than the other count α times, so
-    that length alone earns less. α = 1 is no weighting, α = 0 cuts both answers to the shorter one's length.
+    LD-DPO: the tokens that one answer has more than the other count α times, so that length alone earns less. α = 1 is
+    no weighting, α = 0 cuts both answers to the shorter one's length. Liu et al. 2024 (arXiv 2409.06411).
     """
     if ld_alpha is None:
         return mask
@@ -83,68 +81,75 @@ def token_weights(mask: mx.array, ld_alpha: float | None) -> mx.array:
     return mask * mx.where(mx.cumsum(mask, axis=-1) <= shortest, 1.0, ld_alpha)
 
 
-def sequence_logps(logps: mx.array, mask: mx.array, config: LossConfig) -> mx.array:
-    """log π(y|x) [R, K] of token log-probs [R, K, C], with LD-DPO's weights where the config asks for them."""
-    return (logps * token_weights(mask, config.ld_alpha)).sum(axis=-1)
+class Answers(NamedTuple):
+    """R rows of K answers of up to C tokens, as the log-prob stage gives them; every view is made of this."""
+
+    tokens: mx.array  # [R, K, C] log π of each token
+    reference_tokens: mx.array  # [R, K, C] log π_ref of each token; zeros without a reference
+    mask: mx.array  # [R, K, C] 1 on completion tokens
+    rank: mx.array  # [R, K]
+    label: mx.array | None  # [R]
+
+    def logps(self, config: LossConfig) -> mx.array:
+        """log π(y|x) [R, K], with LD-DPO's weights where the config asks for them."""
+        return (self.tokens * token_weights(self.mask, config.ld_alpha)).sum(axis=-1)
+
+    def reference_logps(self, config: LossConfig) -> mx.array:
+        """log π_ref(y|x) [R, K], weighted alike."""
+        return (self.reference_tokens * token_weights(self.mask, config.ld_alpha)).sum(axis=-1)
+
+    def lengths(self) -> mx.array:
+        """Completion tokens [R, K], at least 1 so that an absent answer divides by no zero."""
+        return mx.maximum(self.mask.sum(axis=-1), 1.0)
 
 
-def lengths(mask: mx.array) -> mx.array:
-    """Completion tokens [R, K], at least 1 so that an absent answer divides by no zero."""
-    return mx.maximum(mask.sum(axis=-1), 1.0)
-
-
-def pairs(
-    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
-) -> Pairs:
+def pairs(answers: Answers, config: LossConfig) -> Pairs:
     """The view of a pair batch, K = 2 with the chosen answer first."""
-    if mask.shape[1] != 2:
-        raise ValueError(f"{config.type} compares two answers a row, and the batch has {mask.shape[1]}")
-    logps, reference_logps = sequence_logps(policy.logps, mask, config), sequence_logps(reference, mask, config)
-    scores = score(logps - reference_logps, config.f_divergence_type, config.f_alpha_divergence_coef)
-    length = lengths(mask)
+    if answers.mask.shape[1] != 2:
+        raise ValueError(f"{config.type} compares two answers a row, and the batch has {answers.mask.shape[1]}")
+    logps, reference = answers.logps(config), answers.reference_logps(config)
+    scores = score(logps - reference, config.f_divergence_type, config.f_alpha_divergence_coef)
+    length = answers.lengths()
     return Pairs(
         policy_chosen=logps[:, 0],
         policy_rejected=logps[:, 1],
-        reference_chosen=reference_logps[:, 0],
-        reference_rejected=reference_logps[:, 1],
+        reference_chosen=reference[:, 0],
+        reference_rejected=reference[:, 1],
         chosen_score=scores[:, 0],
         rejected_score=scores[:, 1],
         chosen_length=length[:, 0],
         rejected_length=length[:, 1],
-        rejected_tokens=policy.logps[:, 1],
-        rejected_mask=mask[:, 1],
+        rejected_tokens=answers.tokens[:, 1],
+        rejected_mask=answers.mask[:, 1],
     )
 
 
-def rankings(
-    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
-) -> Rankings:
+def rankings(answers: Answers, config: LossConfig) -> Rankings:
     """The view of a batch of rankings, K ≥ 2."""
-    return Rankings(log_ratio=((policy.logps - reference) * mask).sum(axis=-1), rank=rank)
+    return Rankings(log_ratio=answers.logps(config) - answers.reference_logps(config), rank=answers.rank)
 
 
-def unpaired(
-    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
-) -> Unpaired:
+def unpaired(answers: Answers, config: LossConfig) -> Unpaired:
     """The view of a batch of judged completions: answer 0 is judged, answer 1, where there is one, is another row's."""
-    if label is None:
+    if answers.label is None:
         raise ValueError(f"{config.type} needs a label for every row")
-    log_ratio = ((policy.logps - reference) * mask).sum(axis=-1)
+    log_ratio = answers.logps(config) - answers.reference_logps(config)
     return Unpaired(
         log_ratio=log_ratio[:, 0],
-        label=label,
-        mismatched_log_ratio=log_ratio[:, 1] if mask.shape[1] > 1 else None,
+        label=answers.label,
+        mismatched_log_ratio=log_ratio[:, 1] if answers.mask.shape[1] > 1 else None,
     )
 
 
-def demonstrations(
-    policy: TokenLogps, reference: mx.array, mask: mx.array, rank: mx.array, label: mx.array | None, config: LossConfig
-) -> Demonstrations:
+def demonstrations(answers: Answers, config: LossConfig) -> Demonstrations:
     """The view of answer 0 alone: the demonstration, the chosen or the best answer."""
-    return Demonstrations(policy=(policy.logps[:, 0] * mask[:, 0]).sum(axis=-1), length=lengths(mask[:, 0]))
+    return Demonstrations(
+        policy=(answers.tokens[:, 0] * answers.mask[:, 0]).sum(axis=-1),
+        length=answers.lengths()[:, 0],
+    )
 
 
-VIEWS: dict[Kind, Callable[..., NamedTuple]] = {
+VIEWS: dict[Kind, Callable[[Answers, LossConfig], Pairs | Rankings | Unpaired | Demonstrations]] = {
     "pair": pairs,
     "ranking": rankings,
     "unpaired": unpaired,
