@@ -104,6 +104,17 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SpeedConfig:
+    """Work that is left out without changing a number; each can be switched off to measure it."""
+
+    shared_prompt: bool = True  # a prompt is read once for all its answers
+    completion_head: bool = True  # logits in chunks, and never kept
+    trunk: bool = True  # the frozen blocks' output is computed once a row
+    trunk_memory_gb: float = 2.0  # room for it in memory
+    trunk_disk_gb: float = 20.0  # and on disk, where it goes as a whole when memory has no room for it
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All of it: the sections of a configuration file."""
 
@@ -113,3 +124,4 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)

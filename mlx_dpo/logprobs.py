@@ -15,14 +15,21 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_dpo.batching import Batch
 from mlx_dpo.arrays import TokenLogps
+from mlx_dpo.batching import Batch
+from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped
+from mlx_dpo.config import SpeedConfig
 from mlx_dpo.parts import Parts, take_apart
+from mlx_dpo.prefix import AnswerCache, PromptCache
+from mlx_dpo.trunk import Pieces, TrunkStore, first_adapted, split_layout, whole_layout
 
 CHUNK_LOGITS = 2**24
 """Logits that the head makes at a time (64 MiB in float32)."""
 
 STATS = ("entropy", "mean_logit", "correct", "log_sum_p2")
+
+LEVERS = ("trunk", "shared_prompt", "completion_head")
+"""The fields of `SpeedConfig` that leave work out here; with none of them the plain path is taken."""
 
 Head = Callable[[mx.array], mx.array]
 
@@ -51,6 +58,21 @@ def scored_positions(batch: Batch) -> Scored:
     return Scored(mx.array(position), mx.array(batch.completion[r, k, c]), mx.array(slot))
 
 
+def split_positions(batch: Batch) -> Scored:
+    """The scored tokens where prompts `[R, P]` and answers `[R·K, W]` are read apart and laid end to end.
+
+    An answer's first token is predicted by its prompt's last one, every other by the token before it.
+    """
+    rows, answers, width = batch.mask.shape
+    r, k, c = np.nonzero(batch.mask)
+    columns = batch.prompt.shape[1]
+    last = r * columns + batch.prompt_length[r] - 1
+    before = rows * columns + (r * answers + k) * max(width - 1, 1) + c - 1
+    slot = np.zeros((rows, answers, width), np.int32)
+    slot[r, k, c] = np.arange(1, len(r) + 1)
+    return Scored(mx.array(np.where(c == 0, last, before)), mx.array(batch.completion[r, k, c]), mx.array(slot))
+
+
 def plain_logps(model: nn.Module, batch: Batch, stats: tuple[str, ...] = ()) -> TokenLogps:
     """The definition: logits of every position, float32 log-softmax, the completion tokens picked out."""
     logits = model(mx.array(batch.tokens))
@@ -59,22 +81,104 @@ def plain_logps(model: nn.Module, batch: Batch, stats: tuple[str, ...] = ()) -> 
     return _place(_measure(picked, scored.target, stats), scored.slot, stats)
 
 
-class Scorer:
-    """Log-probs of a model's completions by the shortest way that this model allows."""
+class Scoring(NamedTuple):
+    """What a pass gives: token log-probs, and the states at the first adapted block where they were wanted."""
 
-    def __init__(self, model: nn.Module) -> None:
+    logps: TokenLogps
+    states: list[mx.array] | None = None
+
+
+class Scorer:
+    """Log-probs of a model's completions by the shortest way that this model and `speed` allow.
+
+    `trunk` is a store of the frozen blocks' output for the rows of one data set; batches must carry that data set's
+    places. A pass that finds all its rows there begins at the first adapted block; another one gives their `states`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        speed: SpeedConfig | None = None,
+        *,
+        checkpoint: bool = False,
+        trunk: TrunkStore | None = None,
+    ) -> None:
         self.model = model
+        self.speed = speed or SpeedConfig()
+        self.checkpoint = checkpoint
+        self.trunk = trunk
         self.parts = take_apart(model)
+        self.first_adapted = first_adapted(model)
         self.head_is_frozen = self.parts is not None and _frozen_outside_blocks(model, self.parts)
 
     def __call__(self, batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool) -> TokenLogps:
         """Token log-probs `[R, K, C]` of `batch`, with `stats` beside them; `gradient` says whether one will be taken."""
-        if self.parts is None or not self.head_is_frozen:
-            return plain_logps(self.model, batch, stats)
-        scored = scored_positions(batch)
-        hidden = self.parts.hidden(mx.array(batch.tokens))
-        picked = hidden.reshape(-1, hidden.shape[-1])[scored.position]
-        return _place(head_logps(self.parts.logits, picked, scored.target, stats, gradient=gradient), scored.slot, stats)
+        return self.score(batch, stats, gradient=gradient).logps
+
+    def score(self, batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool) -> Scoring:
+        """The same, with the trunk's states for `TrunkStore.put` where the store wants them."""
+        if self.parts is None or not any(getattr(self.speed, name) for name in LEVERS):
+            return Scoring(plain_logps(self.model, batch, stats))
+        trunk = self.trunk if self.speed.trunk and batch.shares_prompt and self.first_adapted > 0 else None
+        fed = trunk.get(batch, self._layout(batch)) if trunk is not None and trunk.knows(batch) else None
+        heard: list[mx.array] | None = [] if trunk is not None and trunk.wants(batch) else None
+        hidden, scored = (self._split if self._shares(batch) else self._whole)(batch, _Listener(fed, heard))
+        picked = hidden[scored.position]
+        if self.speed.completion_head and self.head_is_frozen:
+            measured = head_logps(self.parts.logits, picked, scored.target, stats, gradient=gradient)
+        else:
+            measured = _measure(self.parts.logits(picked), scored.target, stats)
+        return Scoring(_place(measured, scored.slot, stats), heard)
+
+    def keep(self, batch: Batch, states: list[mx.array] | None) -> None:
+        """Puts what `score` gave for `batch`, now evaluated, into the trunk's store."""
+        if self.trunk is not None and states is not None:
+            self.trunk.put(batch, self._layout(batch), states)
+
+    def _layout(self, batch: Batch) -> list[Pieces]:
+        return split_layout(batch) if self._shares(batch) else whole_layout(batch)
+
+    def _shares(self, batch: Batch) -> bool:
+        return self.speed.shared_prompt and batch.shares_prompt
+
+    def _whole(self, batch: Batch, listener: _Listener) -> tuple[mx.array, Scored]:
+        """Hidden states of whole sequences, `[R·K·T, hidden]`."""
+        assert self.parts is not None
+        hidden = self.parts.hidden(mx.array(batch.tokens), layers=self._blocks(listener, 0))
+        return hidden.reshape(-1, hidden.shape[-1]), scored_positions(batch)
+
+    def _split(self, batch: Batch, listener: _Listener) -> tuple[mx.array, Scored]:
+        """Hidden states of prompts, then of answers on top of them, flat: `[R·P + R·K·W, hidden]`."""
+        assert self.parts is not None
+        rows, answers, width = batch.completion.shape
+        prompts = [PromptCache() for _ in self.model.layers]
+        before = self.parts.hidden(mx.array(batch.prompt), cache=prompts, layers=self._blocks(listener, 0))
+        lengths = np.repeat(batch.prompt_length, answers)
+        caches = [AnswerCache(prompt, answers, batch.prompt.shape[1], lengths) for prompt in prompts]
+        tokens = batch.completion.reshape(rows * answers, width)[:, : max(width - 1, 1)]
+        behind = self.parts.hidden(mx.array(tokens), cache=caches, layers=self._blocks(listener, 1))
+        size = before.shape[-1]
+        return mx.concatenate([before.reshape(-1, size), behind.reshape(-1, size)]), split_positions(batch)
+
+    def _blocks(self, listener: _Listener, which: int) -> list[Block]:
+        """The blocks for one pass: frozen ones left out or listened to, adapted ones checkpointed if asked for."""
+        blocks: list[Block] = [Block(block) for block in self.model.layers]
+        first = self.first_adapted
+        if self.checkpoint and self.model.training:
+            blocks[first:] = [Checkpointed(block) for block in self.model.layers[first:]]
+        if first < len(blocks) and listener.fed is not None:
+            blocks[:first] = [Skipped(block) for block in self.model.layers[:first]]
+            blocks[first] = Fed(blocks[first], listener.fed[which])
+        elif first < len(blocks) and listener.heard is not None:
+            blocks[first] = Heard(blocks[first], listener.heard.append)
+        return blocks
+
+
+class _Listener(NamedTuple):
+    """What is put in at the first adapted block, or where what comes there is noted; one array for each pass."""
+
+    fed: list[mx.array] | None
+    heard: list[mx.array] | None
 
 
 def head_logps(

@@ -16,10 +16,14 @@ import mlx.nn as nn
 
 
 class StandIn:
-    """A module with some attributes replaced, for calls of its own code; the module itself stays untouched."""
+    """A module with some attributes replaced, for calls of its own code; the module itself stays untouched.
 
-    def __init__(self, module: Any, **replaced: Any) -> None:
+    With `call`, that is what a call of it does instead.
+    """
+
+    def __init__(self, module: Any, call: Callable[..., Any] | None = None, **replaced: Any) -> None:
         self._module = module
+        self._call = call
         self._replaced = replaced
 
     def __getattr__(self, name: str) -> Any:
@@ -33,6 +37,8 @@ class StandIn:
         return getattr(self._module, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is not None:
+            return self._call(*args, **kwargs)
         return type(self._module).__call__(self, *args, **kwargs)
 
     def __getitem__(self, name: str) -> Any:
@@ -53,12 +59,12 @@ class Parts:
             self.inner = self.inner[name]
 
     def _outer(self, stub: Callable[..., Any]) -> StandIn:
-        """The model with its inner transformer replaced by `stub`."""
+        """The model with a call of its inner transformer replaced by `stub`; a tied head still finds the embedding there."""
         *parents, last = self.path.split(".")
         chain = [self.model]
         for name in parents:
             chain.append(chain[-1][name])
-        stand_in = StandIn(chain[-1], **{last: stub})
+        stand_in = StandIn(chain[-1], **{last: StandIn(self.inner, stub)})
         for module, name in zip(reversed(chain[:-1]), reversed(parents), strict=True):
             stand_in = StandIn(module, **{name: stand_in})
         return stand_in

@@ -36,12 +36,14 @@ class PromptCache:
 class AnswerCache:
     """What a block sees as its cache while the answers are read: the prompts' keys and values stand before their own.
 
-    `lengths [R·K]` are the prompts' real lengths; they are the answers' position offset too.
+    `width` is P, the prompts' padded length; `lengths [R·K]` are their real ones, which are the answers' position offset
+    too. A mask can be had before any prompt is read: models make it from the cache of a block that may be left out.
     """
 
-    def __init__(self, prompt: PromptCache, answers: int, lengths: np.ndarray) -> None:
+    def __init__(self, prompt: PromptCache, answers: int, width: int, lengths: np.ndarray) -> None:
         self.prompt = prompt
         self.answers = answers
+        self.width = width
         self.lengths = lengths
         equal = len(set(lengths.tolist())) == 1
         self.offset: int | mx.array = int(lengths[0]) if equal else mx.array(lengths)
@@ -57,10 +59,8 @@ class AnswerCache:
 
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """`[R·K, 1, C, P + C]` bool: an answer's token sees its prompt's real tokens and the answer so far."""
-        assert self.prompt.keys is not None
-        width = self.prompt.keys.shape[2]
         own = self.lengths[:, None] + np.arange(n)  # [R·K, C] positions of the answers' tokens
-        before = np.broadcast_to(np.arange(width), (len(self.lengths), width))
+        before = np.broadcast_to(np.arange(self.width), (len(self.lengths), self.width))
         real = np.concatenate([before < self.lengths[:, None], np.ones_like(own, bool)], axis=1)
         seen = causal(own, np.concatenate([before, own], axis=1), window_size)
         return mx.array(seen & real[:, None, :])[:, None]

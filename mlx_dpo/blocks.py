@@ -1,0 +1,92 @@
+"""Stand-ins for a model's blocks, for one pass: left out, fed, listened to, or computed again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_dpo.prefix import AnswerCache, PromptCache
+
+
+class Block:
+    """A block of the model that answers for it in everything (`use_sliding`, `layer_type`, …) but its call."""
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self._block(x, *args, **kwargs)
+
+
+class Skipped(Block):
+    """Hands its input on: what it would have computed is known already."""
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return x
+
+
+class Fed(Block):
+    """Reads `states` instead of what the blocks below would have given; those are then never computed."""
+
+    def __init__(self, block: Any, states: mx.array) -> None:
+        super().__init__(block)
+        self._states = states
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        return self._block(self._states, *args, **kwargs)
+
+
+class Heard(Block):
+    """Hands its input to `listen`, then computes."""
+
+    def __init__(self, block: Any, listen: Callable[[mx.array], None]) -> None:
+        super().__init__(block)
+        self._listen = listen
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        self._listen(mx.stop_gradient(x))
+        return self._block(x, *args, **kwargs)
+
+
+class Checkpointed(Block):
+    """Keeps its input instead of its activations, and computes them again for the backward pass (Chen et al. 2016).
+
+    What is computed twice must be a pure function, or the second time differs from the first: keys and values of the
+    prompt go in as arguments and come out as results, instead of lying in a cache that the block changes.
+    """
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
+        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache | AnswerCache)), None)
+        before = (cache.prompt.keys, cache.prompt.values) if isinstance(cache, AnswerCache) else ()
+        parameters = self._block.trainable_parameters()
+
+        def pure(parameters: dict[str, Any], x: mx.array, *before: mx.array) -> Any:
+            local = _local(cache, before)
+            swap = {id(cache): local} if cache is not None else {}
+            self._block.update(parameters)
+            out = self._block(
+                x,
+                *[swap.get(id(a), a) for a in args],
+                **{name: swap.get(id(a), a) for name, a in kwargs.items()},
+            )
+            return (out, local.keys, local.values) if isinstance(local, PromptCache) else out
+
+        out = mx.checkpoint(pure)(parameters, x, *before)
+        self._block.update(parameters)
+        if isinstance(cache, PromptCache):
+            out, cache.keys, cache.values = out
+        return out
+
+
+def _local(cache: PromptCache | AnswerCache | None, before: tuple[mx.array, ...]) -> PromptCache | AnswerCache | None:
+    """A cache of the same kind that holds nothing but its arguments."""
+    if isinstance(cache, AnswerCache):
+        prompt = PromptCache()
+        prompt.keys, prompt.values = before
+        return AnswerCache(prompt, cache.answers, cache.width, cache.lengths)
+    return PromptCache() if cache is not None else None

@@ -1,0 +1,92 @@
+"""Each lever is held against the plain path on rows of the data before it is trusted, and left out where it does not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_dpo.batching import Batch, length, make_batch
+from mlx_dpo.config import SpeedConfig
+from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.events import OnEvent, Warned, ignore
+from mlx_dpo.logprobs import LEVERS, Scorer, plain_logps
+from mlx_dpo.trunk import TrunkStore
+
+TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.15, mx.float16: 0.03}
+"""Largest difference of a token's log-prob that rounding explains, by the dtype a model computes in, nats."""
+
+
+def settle(
+    model: nn.Module,
+    rows: Sequence[TokenizedRow],
+    speed: SpeedConfig,
+    *,
+    checkpoint: bool = False,
+    on_event: OnEvent = ignore,
+) -> tuple[SpeedConfig, float]:
+    """The levers of `speed` that give the plain path's log-probs and gradients on two short rows of unequal prompts, and
+    the largest difference of a token's log-prob.
+
+    What does not hold is switched off with a warning that says why; the plain path is what is left in the end.
+    """
+    short = sorted(rows, key=length)[:8]
+    two = [short[0], next((row for row in short if len(row.prompt) != len(short[0].prompt)), short[-1])]
+    batch = make_batch(two, [0, 1])
+    expected, expected_gradient = _measure(model, batch, None)
+    tolerance = TOLERANCE.get(_dtype(model), 1e-3)
+    on = [name for name in LEVERS if getattr(speed, name)]
+    tries = [speed, *(replace(speed, **{name: False}) for name in on), replace(speed, trunk=False, shared_prompt=False)]
+    complaint = ""
+    for candidate in tries:
+        scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=TrunkStore(two, 1e12, 0))
+        try:
+            _fill_trunk(scorer, batch)
+            found, gradient = _measure(model, batch, scorer)
+        except Exception as error:  # a model may do anything with a cache or a block it did not make: then it is left out
+            complaint = complaint or f"{type(error).__name__}: {error}"
+            continue
+        difference = mx.abs(found - expected).max().item()
+        relative = _relative(gradient, expected_gradient)
+        if difference <= tolerance and relative <= 10 * tolerance:
+            off = [name for name in on if not getattr(candidate, name)]
+            if off:
+                on_event(Warned(f"speed.{', speed.'.join(off)} left out for this model ({complaint})"))
+            return candidate, difference
+        complaint = complaint or f"log-probs differ by {difference:.2g}, gradients by {relative:.2g} of their norm"
+    on_event(Warned(f"the plain path is taken, with no speed lever, for this model ({complaint})"))
+    return replace(speed, **dict.fromkeys(LEVERS, False)), 0.0
+
+
+def _measure(model: nn.Module, batch: Batch, scorer: Scorer | None) -> tuple[mx.array, dict[str, mx.array]]:
+    """Token log-probs and the gradient of the first answer's sum less half of the others'; None for the plain path."""
+    model.eval()
+    weight = mx.array([1.0] + [-0.5] * (batch.mask.shape[1] - 1))
+
+    def objective(model: nn.Module) -> tuple[mx.array, mx.array]:
+        out = plain_logps(model, batch) if scorer is None else scorer(batch, gradient=True)
+        return (out.logps.sum(-1) * weight).sum(), out.logps
+
+    (_, logps), gradient = nn.value_and_grad(model, objective)(model)
+    mx.eval(logps, gradient)
+    return logps, dict(tree_flatten(gradient))
+
+
+def _fill_trunk(scorer: Scorer, batch: Batch) -> None:
+    scorer.keep(batch, scorer.score(batch, gradient=False).states)
+
+
+def _relative(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
+    """‖found − expected‖ / ‖expected‖ over all parameters."""
+    difference = sum(((found[name] - value).astype(mx.float32) ** 2).sum().item() for name, value in expected.items())
+    norm = sum((value.astype(mx.float32) ** 2).sum().item() for value in expected.values())
+    return float((difference / norm) ** 0.5) if norm else 0.0
+
+
+def _dtype(model: nn.Module) -> mx.Dtype:
+    return next(
+        (value.dtype for name, value in tree_flatten(model.parameters()) if name.endswith("norm.weight")), mx.float32
+    )

@@ -1,0 +1,133 @@
+"""The trunk once: what the frozen blocks below the first adapted one give for a row never changes.
+
+Their output is kept when it is first computed, in the reference pass or in the first epoch, within a stated budget of
+memory and then of disk. From then on a step begins at the first adapted block. Exact: the same numbers, read instead
+of computed. Causal blocks only, in which a prompt's states do not depend on the answer behind it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_dpo.batching import Batch
+from mlx_dpo.encode import TokenizedRow
+
+BITS = {2: mx.uint16, 4: mx.uint32}
+"""How half and single precision are kept on the host, which has no bfloat16."""
+
+Pieces = tuple[tuple[int, ...], list[tuple[int, int, int, int, int]]]
+"""An array's shape `[lines, columns]`, and what lies where in it: line, first column, row of the batch, first token of the
+row's states, number of tokens."""
+
+
+def first_adapted(model: nn.Module) -> int:
+    """The index of the lowest block with a trainable parameter: as many frozen ones lie below it."""
+    blocks = list(model.layers)
+    return next((i for i, block in enumerate(blocks) if tree_flatten(block.trainable_parameters())), len(blocks))
+
+
+def plan_rows(rows: Sequence[TokenizedRow], bytes_per_token: int, memory: float, disk: float) -> tuple[int, bool]:
+    """How many rows, from the first, fit the budget in bytes, and whether they go to disk."""
+    sizes = np.cumsum([row_tokens(row) for row in rows]) * bytes_per_token
+    on_disk = bool(len(sizes)) and sizes[-1] > memory and disk > memory
+    return int(np.searchsorted(sizes, disk if on_disk else memory, side="right")), on_disk
+
+
+def row_tokens(row: TokenizedRow) -> int:
+    """Tokens of a row whose states are kept: the prompt once, and each answer but its last token, which is never read."""
+    return len(row.prompt) + sum(len(ids) - 1 for ids in row.completions)
+
+
+class TrunkStore:
+    """The states of a data set's rows, as they become known. `index` of a batch names its rows."""
+
+    def __init__(self, rows: Sequence[TokenizedRow], memory: float, disk: float) -> None:
+        self._rows = rows
+        self._budget = (memory, disk)
+        self._known = np.zeros(len(rows), bool)
+        self._start = np.concatenate([[0], np.cumsum([row_tokens(row) for row in rows])])
+        self._states: np.ndarray | None = None  # [tokens, hidden], bits of the model's dtype
+        self._dtype = mx.float32
+        self.kept_rows = len(rows)
+        self.on_disk = False
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all that is, or will be, kept."""
+        return 0 if self._states is None else self._states.nbytes
+
+    def knows(self, batch: Batch) -> bool:
+        """Whether the states of all of a batch's rows are there."""
+        return bool(self._known[batch.index].all())
+
+    def wants(self, batch: Batch) -> bool:
+        """Whether a batch has rows that are not known yet and that the budget has room for."""
+        return bool((~self._known[batch.index] & (batch.index < self.kept_rows)).any())
+
+    def get(self, batch: Batch, layout: Sequence[Pieces]) -> list[mx.array]:
+        """The states of a batch in the arrays that `layout` describes, padded with zeros."""
+        assert self._states is not None
+        arrays = []
+        for shape, pieces in layout:
+            array = np.zeros((*shape, self._states.shape[1]), self._states.dtype)
+            for line, column, place, offset, count in pieces:
+                at = self._start[batch.index[place]] + offset
+                array[line, column : column + count] = self._states[at : at + count]
+            arrays.append(mx.array(array).view(self._dtype))
+        return arrays
+
+    def put(self, batch: Batch, layout: Sequence[Pieces], arrays: Sequence[mx.array]) -> None:
+        """Keeps the states that `arrays` hold, of those rows that the budget has room for."""
+        if self._states is None:
+            self._allocate(arrays[0])
+        assert self._states is not None
+        for (_, pieces), states in zip(layout, arrays, strict=True):
+            host = np.array(states.view(BITS[states.dtype.size]))
+            for line, column, place, offset, count in pieces:
+                if batch.index[place] < self.kept_rows:
+                    at = self._start[batch.index[place]] + offset
+                    self._states[at : at + count] = host[line, column : column + count]
+        self._known[batch.index] = batch.index < self.kept_rows
+
+    def _allocate(self, sample: mx.array) -> None:
+        hidden, size = sample.shape[-1], sample.dtype.size
+        self._dtype = sample.dtype
+        self.kept_rows, self.on_disk = plan_rows(self._rows, hidden * size, *self._budget)
+        shape = (int(self._start[self.kept_rows]), hidden)
+        bits = np.uint16 if size == 2 else np.uint32
+        if self.on_disk and shape[0]:
+            with tempfile.TemporaryFile(prefix="mlx_dpo-trunk-") as file:  # the map outlives it, and nothing is left after
+                self._states = np.memmap(file, bits, "w+", shape=shape)
+        else:
+            self._states = np.empty(shape, bits)
+
+
+def split_layout(batch: Batch) -> list[Pieces]:
+    """Where a row's states lie in prompts `[R, P]` and answers `[R·K, W]`."""
+    rows, answers, width = batch.completion.shape
+    prompts, rest = [], []
+    for r in range(rows):
+        at = int(batch.prompt_length[r])
+        prompts.append((r, 0, r, 0, at))
+        for k in range(answers):
+            count = max(int(batch.completion_length[r, k]) - 1, 0)
+            rest.append((r * answers + k, 0, r, at, count))
+            at += count
+    return [((rows, batch.prompt.shape[1]), prompts), ((rows * answers, max(width - 1, 1)), rest)]
+
+
+def whole_layout(batch: Batch) -> list[Pieces]:
+    """Where a row's states lie in whole sequences `[R·K, T]`: the prompt again before each answer."""
+    (_, prompts), (_, rest) = split_layout(batch)
+    answers = batch.completion.shape[1]
+    pieces = []
+    for line, _, r, offset, count in rest:
+        length = prompts[line // answers][4]
+        pieces += [(line, 0, r, 0, length), (line, length, r, offset, count)]
+    return [(batch.tokens.shape, pieces)]

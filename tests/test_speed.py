@@ -1,0 +1,208 @@
+"""Every lever is exact: the same log-probs and gradients as the plain path, for every architecture, alone and together."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from conftest import TINY_MODELS, tiny_model_folder
+from mlx.utils import tree_flatten
+
+from mlx_dpo import lora
+from mlx_dpo.batching import Batch, make_batch
+from mlx_dpo.config import LoraConfig, ModelConfig, SpeedConfig
+from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.events import Warned
+from mlx_dpo.logprobs import LEVERS, STATS, Scorer, plain_logps
+from mlx_dpo.model import load
+from mlx_dpo.speed import settle
+from mlx_dpo.trunk import TrunkStore, plan_rows
+
+NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
+"""State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row."""
+OFF = SpeedConfig(**dict.fromkeys(LEVERS, False))
+
+
+def random_rows(vocabulary: int, seed: int = 0, answers: int = 2) -> list[TokenizedRow]:
+    """Rows of unequal prompts and answers, one answer a single token long; past a sliding window of 8."""
+    random = np.random.default_rng(seed)
+
+    def ids(count: int) -> list[int]:
+        return [int(token) for token in random.integers(3, vocabulary, count)]
+
+    return [
+        TokenizedRow(
+            f"row {prompt}",
+            ids(prompt),
+            tuple(ids(3 + 4 * k + prompt % 5 if prompt != 9 or k else 1) for k in range(answers)),
+            (0,) * answers,
+            tuple(float(k + 1) for k in range(answers)),
+        )
+        for prompt in (17, 9, 1, 23)
+    ]
+
+
+def adapted_model(folder: Path, arch: str, num_layers: int = 2) -> tuple[nn.Module, int]:
+    loaded = load(ModelConfig(path=str(tiny_model_folder(folder / arch, arch))))
+    lora.attach(loaded.model, LoraConfig(num_layers=num_layers, rank=4), seed=0)
+    keys = iter(mx.random.split(mx.random.key(1), 200))
+    weights = [
+        (name, mx.random.normal(value.shape, scale=0.05, key=next(keys)))
+        for name, value in lora.parameters(loaded.model).items()
+        if name.endswith("lora_b")
+    ]
+    loaded.model.load_weights(weights, strict=False)
+    return loaded.model, len(loaded.tokenizer)
+
+
+def measure(model: nn.Module, batch: Batch, scorer: Scorer | None, *, training: bool = False) -> tuple[mx.array, mx.array]:
+    """Token log-probs, and the gradient of their sum under fixed random weights as one vector."""
+    model.train(training)
+    weight = mx.random.normal(batch.mask.shape, key=mx.random.key(7)) * mx.array(batch.mask)
+
+    def objective(model: nn.Module) -> tuple[mx.array, mx.array]:
+        out = plain_logps(model, batch) if scorer is None else scorer(batch, gradient=True)
+        return (out.logps * weight).sum(), out.logps
+
+    (_, logps), gradient = nn.value_and_grad(model, objective)(model)
+    return logps, mx.concatenate([value.reshape(-1) for _, value in sorted(tree_flatten(gradient))])
+
+
+def assert_same(found: tuple[mx.array, mx.array], expected: tuple[mx.array, mx.array]) -> None:
+    np.testing.assert_allclose(np.array(found[0]), np.array(expected[0]), atol=2e-5)
+    a, b = found[1], expected[1]
+    assert (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item() < 1e-4
+    assert ((a * b).sum() / (mx.linalg.norm(a) * mx.linalg.norm(b))).item() > 1 - 1e-6
+
+
+def filled(scorer: Scorer, batch: Batch) -> Scorer:
+    """The scorer after a pass that noted the trunk's states."""
+    out = scorer.score(batch, gradient=False)
+    scorer.keep(batch, out.states)
+    assert scorer.trunk is not None and scorer.trunk.knows(batch)
+    return scorer
+
+
+@pytest.mark.parametrize("arch", TINY_MODELS)
+def test_all_levers_together_give_the_plain_paths_log_probs_and_gradients(arch: str, tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, arch)
+    rows = random_rows(vocabulary)
+    batch = make_batch(rows, range(len(rows)))
+    speed = SpeedConfig(shared_prompt=arch not in NOT_SHARED)
+    for checkpoint in (False, True):
+        scorer = filled(Scorer(model, speed, checkpoint=checkpoint, trunk=TrunkStore(rows, 1e9, 0)), batch)
+        assert scorer.first_adapted == 2
+        assert_same(measure(model, batch, scorer, training=checkpoint), measure(model, batch, None))
+
+
+@pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=3)))
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
+def test_every_choice_of_levers_is_exact(arch: str, on: tuple[bool, ...], tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, arch)
+    rows = random_rows(vocabulary, answers=3)
+    batch = make_batch(rows, range(len(rows)))
+    scorer = Scorer(model, SpeedConfig(**dict(zip(LEVERS, on, strict=True))), trunk=TrunkStore(rows, 1e9, 0))
+    if on[0]:
+        filled(scorer, batch)
+    assert_same(measure(model, batch, scorer), measure(model, batch, None))
+
+
+def test_states_kept_from_one_batching_serve_another(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "qwen3")
+    rows = random_rows(vocabulary)
+    scorer = Scorer(model, trunk=TrunkStore(rows, 1e9, 0))
+    for places in ([2, 0], [1, 3]):
+        filled(scorer, make_batch([rows[i] for i in places], places))
+    other = make_batch([rows[3], rows[2]], [3, 2])
+    assert scorer.score(other, gradient=False).states is None, "nothing is computed again"
+    assert_same(measure(model, other, scorer), measure(model, other, None))
+
+
+def test_with_the_trunk_known_no_frozen_block_runs(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    rows = random_rows(vocabulary)
+    batch = make_batch(rows, range(len(rows)))
+    scorer = filled(Scorer(model, trunk=TrunkStore(rows, 1e9, 0)), batch)
+    before = scorer(batch, gradient=False).logps
+    broken = {name: mx.full(value.shape, mx.nan) for name, value in tree_flatten(model.layers[0].parameters())}
+    model.layers[0].load_weights(list(broken.items()))
+    assert mx.array_equal(scorer(batch, gradient=False).logps, before)
+    assert mx.isnan(plain_logps(model, batch).logps).any()
+
+
+def test_the_trunk_keeps_what_the_budget_has_room_for_and_the_rest_stays_right(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    rows = random_rows(vocabulary)
+    batch = make_batch(rows, range(len(rows)))
+    room = (len(rows[0].prompt) + sum(len(ids) - 1 for ids in rows[0].completions)) * 64 * 4
+    store = TrunkStore(rows, room, 0)
+    scorer = Scorer(model, trunk=store)
+    out = scorer.score(batch, gradient=False)
+    scorer.keep(batch, out.states)
+    assert store.kept_rows == 1 and store.nbytes <= room
+    assert not store.wants(batch) and not store.knows(batch)
+    assert_same(measure(model, batch, scorer), measure(model, batch, None))
+
+
+def test_a_trunk_too_large_for_memory_goes_to_disk(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    rows = random_rows(vocabulary)
+    batch = make_batch(rows, range(len(rows)))
+    store = TrunkStore(rows, 100, 1e9)
+    scorer = filled(Scorer(model, trunk=store), batch)
+    assert store.on_disk and store.kept_rows == len(rows)
+    assert_same(measure(model, batch, scorer), measure(model, batch, None))
+
+
+def test_the_budget_is_counted_in_rows() -> None:
+    row = TokenizedRow("", [5] * 6, ([5] * 3, [5] * 3), (0, 0), (1.0, 2.0))  # 6 + 2 + 2 = 10 tokens
+    assert plan_rows([row] * 4, 100, memory=2500, disk=0) == (2, False)
+    assert plan_rows([row] * 4, 100, memory=4000, disk=0) == (4, False)
+    assert plan_rows([row] * 4, 100, memory=2500, disk=9000) == (4, True)
+    assert plan_rows([row] * 4, 100, memory=2500, disk=3500) == (3, True)
+
+
+def test_statistics_are_the_plain_paths_too(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "gemma2")
+    rows = random_rows(vocabulary)
+    batch = make_batch(rows, range(len(rows)))
+    plain, fast = plain_logps(model, batch, STATS), Scorer(model, SpeedConfig(shared_prompt=False))(batch, STATS, gradient=True)
+    for name in STATS:
+        np.testing.assert_allclose(np.array(getattr(fast, name)), np.array(getattr(plain, name)), atol=1e-4)
+
+
+def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    rows = [row._replace(starts=(min(2, len(row.prompt)), 0)) for row in random_rows(vocabulary)]
+    batch = make_batch(rows, range(len(rows)))
+    assert not batch.shares_prompt
+    scorer = Scorer(model, trunk=TrunkStore(rows, 1e9, 0))
+    assert scorer.score(batch, gradient=False).states is None
+    assert_same(measure(model, batch, scorer), measure(model, batch, None))
+
+
+@pytest.mark.parametrize("arch", ["llama", "mamba2"])
+def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, arch)
+    said: list[object] = []
+    speed, difference = settle(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
+    assert speed == SpeedConfig(shared_prompt=arch == "llama")
+    assert difference < 1e-4
+    assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (arch == "mamba2")
+
+
+def test_settle_does_not_trust_a_lever_that_gives_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_dpo.prefix import AnswerCache
+
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    honest = AnswerCache.make_mask
+    monkeypatch.setattr(AnswerCache, "make_mask", lambda self, n, *a, **k: honest(self, n, *a, **k) & (mx.arange(self.width + n) > 0))
+    said: list[object] = []
+    rows = [row for row in random_rows(vocabulary) if len(row.prompt) > 3]
+    speed, _ = settle(model, rows, SpeedConfig(), on_event=said.append)
+    assert not speed.shared_prompt and speed.trunk and speed.completion_head
+    assert len(said) == 1
