@@ -112,8 +112,15 @@ class Scorer:
         self.head_is_frozen = self.parts is not None and _frozen_outside_blocks(model, self.parts)
 
     def __call__(self, batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool) -> TokenLogps:
-        """Token log-probs `[R, K, C]` of `batch`, with `stats` beside them; `gradient` says whether one will be taken."""
-        return self.score(batch, stats, gradient=gradient).logps
+        """Token log-probs `[R, K, C]` of `batch`, with `stats` beside them; `gradient` says whether one will be taken.
+
+        Without a gradient what the trunk's store wants is computed and kept at once.
+        """
+        out = self.score(batch, stats, gradient=gradient)
+        if not gradient and out.states is not None:
+            mx.eval(out)
+            self.keep(batch, out.states)
+        return out.logps
 
     def score(self, batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool) -> Scoring:
         """The same, with the trunk's states for `TrunkStore.put` where the store wants them."""

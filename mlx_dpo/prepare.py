@@ -20,22 +20,29 @@ from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.model import LoadedModel, load
+from mlx_dpo.speed import settle
+from mlx_dpo.trunk import TrunkStore
 
 
 @dataclass
 class Stage:
-    """All that the loop works with."""
+    """All that the loop works with. `rows` are those to train on and behind them those held out; so is `reference`."""
 
     config: RunConfig
     loaded: LoadedModel
     adapter: lora.Adapter
     scorer: Scorer
     rows: list[TokenizedRow]
-    valid: list[TokenizedRow]
+    train_rows: int
     reference: reference.Reference | None
-    valid_reference: reference.Reference | None
     kind: Kind
     total_steps: int
+    difference: float  # of a token's log-prob between the speed levers and the plain path, nats
+
+    @property
+    def held_out(self) -> range:
+        """The places of the held-out rows."""
+        return range(self.train_rows, len(self.rows))
 
 
 def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
@@ -61,14 +68,18 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
         adapter = lora.load(loaded.model, start, dropout=config.lora.dropout)
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
-    scorer = Scorer(loaded.model)
-    known = valid_known = None
+    everything = [*rows, *valid]
+    checkpoint = config.train.grad_checkpoint
+    speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
+    trunk = TrunkStore(everything, speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9) if speed.trunk else None
+    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
+    known = None
     if config.loss.reference != "none" and needs_reference(config.loss):
-        known, valid_known = _reference(config, loaded, scorer, rows, valid, on_event)
+        known = _reference(config, loaded, scorer, everything, on_event)
     micro = math.ceil(len(rows) / config.train.batch_size)
     steps = config.train.iters or math.ceil(config.train.epochs * math.ceil(micro / config.train.grad_accumulation_steps))
     mx.random.seed(config.train.seed)
-    return Stage(config, loaded, adapter, scorer, rows, valid, known, valid_known, kind, steps)
+    return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
 
 
 def kind_of(loss: LossConfig) -> Kind:
@@ -91,27 +102,23 @@ def _reference(
     loaded: LoadedModel,
     scorer: Scorer,
     rows: list[TokenizedRow],
-    valid: list[TokenizedRow],
     on_event: OnEvent,
-) -> tuple[reference.Reference, reference.Reference]:
+) -> reference.Reference:
     from_base = config.loss.reference == "base" or not config.model.adapter
     digest = reference.model_digest(loaded, with_adapter=not from_base)
     with lora.switched_off(loaded.model) if from_base else nullcontext():
         loaded.model.eval()
-        known = reference.compute_reference(
-            scorer, [*rows, *valid], digest, batch_size=config.train.batch_size, on_event=on_event
-        )
-    return known[: len(rows)], known[len(rows) :]
+        return reference.compute_reference(scorer, rows, digest, batch_size=config.train.batch_size, on_event=on_event)
 
 
 def fingerprint(stage: Stage) -> dict[str, Any]:
     """What decides the batches and what they mean; a checkpoint is only good where all of it is the same."""
     config = stage.config
     ids = hashlib.blake2b(digest_size=16)
-    for row in [*stage.rows, *stage.valid]:
+    for row in stage.rows:
         ids.update(json.dumps([row.prompt, row.completions, row.ranks, row.label]).encode())
     return {
-        "rows": ids.hexdigest(),
+        "rows": f"{stage.train_rows} + {len(stage.held_out)}, {ids.hexdigest()}",
         "model": stage.loaded.name + " " + stage.loaded.form,
         "start": config.model.adapter,
         "lora": asdict(stage.adapter) | {"keys": list(stage.adapter.keys)},

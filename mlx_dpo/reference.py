@@ -78,10 +78,7 @@ def compute_reference(
 
 def score_batch(scorer: Scorer, batch: Batch) -> Reference:
     """Token log-probs of a batch as arrays on the host, one a completion."""
-    out = scorer.score(batch, gradient=False)
-    mx.eval(out.logps.logps, out.states)
-    scorer.keep(batch, out.states)
-    values = np.array(out.logps.logps)
+    values = np.array(scorer(batch, gradient=False).logps)
     return [
         [values[r, k, : batch.completion_length[r, k]].copy() for k in range(values.shape[1])]
         for r in range(values.shape[0])

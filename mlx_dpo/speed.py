@@ -44,7 +44,7 @@ def settle(
     for candidate in tries:
         scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=TrunkStore(two, 1e12, 0))
         try:
-            _fill_trunk(scorer, batch)
+            scorer(batch, gradient=False)  # fills the trunk
             found, gradient = _measure(model, batch, scorer)
         except Exception as error:  # a model may do anything with a cache or a block it did not make: then it is left out
             complaint = complaint or f"{type(error).__name__}: {error}"
@@ -73,10 +73,6 @@ def _measure(model: nn.Module, batch: Batch, scorer: Scorer | None) -> tuple[mx.
     (_, logps), gradient = nn.value_and_grad(model, objective)(model)
     mx.eval(logps, gradient)
     return logps, dict(tree_flatten(gradient))
-
-
-def _fill_trunk(scorer: Scorer, batch: Batch) -> None:
-    scorer.keep(batch, scorer.score(batch, gradient=False).states)
 
 
 def _relative(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:

@@ -21,7 +21,7 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.evaluate import evaluate_rows, labels
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.interrupt import deferred_interrupt
-from mlx_dpo.logprobs import STATS
+from mlx_dpo.logprobs import LEVERS, STATS
 from mlx_dpo.losses import check_loss_config, compute_loss
 from mlx_dpo.metrics import Sums, averages, batch_metrics
 from mlx_dpo.optim import learning_rate, make_optimizer
@@ -97,12 +97,12 @@ def _make_step(
     if config.loss.use_weighting and "log_sum_p2" not in stats:
         stats = (*stats, "log_sum_p2")
 
-    def objective(model: nn.Module, batch: Batch, weight: float) -> tuple[mx.array, Sums]:
-        policy = stage.scorer(batch, stats, gradient=True)
+    def objective(model: nn.Module, batch: Batch, weight: float) -> tuple[mx.array, Sums, list[mx.array] | None]:
+        policy, states = stage.scorer.score(batch, stats, gradient=True)
         base = reference.reference_batch(stage.reference, batch) if stage.reference is not None else None
         mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, stage.kind)
         output = compute_loss(policy, base, mask, rank, label, config.loss)
-        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind)
+        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind), states
 
     gradient_of = nn.value_and_grad(model, objective)
 
@@ -113,9 +113,10 @@ def _make_step(
         gradients, parts = None, []
         for places in micro_batches:
             batch = make_batch([stage.rows[i] for i in places], places)
-            (_, sums), fresh = gradient_of(model, batch, len(places) / total)
+            (_, sums, states), fresh = gradient_of(model, batch, len(places) / total)
             gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
-            mx.eval(gradients, sums)  # here, so that one micro-batch's activations are gone before the next one's
+            mx.eval(gradients, sums, states)  # here, so that one micro-batch's activations are gone before the next one's
+            stage.scorer.keep(batch, states)
             parts.append(sums)
             progress.tokens += int(batch.tokens_length.sum())
         gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)
@@ -138,7 +139,7 @@ def _make_step(
 def _next_batches(stage: Stage, progress: Progress) -> list[list[int]]:
     """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
     train = stage.config.train
-    batches = order_batches(stage.rows, train.batch_size, seed=train.seed, epoch=progress.epoch, shuffle=train.shuffle)
+    batches = order_batches(stage.rows[: stage.train_rows], train.batch_size, seed=train.seed, epoch=progress.epoch, shuffle=train.shuffle)
     taken = batches[progress.position : progress.position + train.grad_accumulation_steps]
     progress.position += len(taken)
     if progress.position == len(batches):
@@ -150,7 +151,7 @@ def _report(stage: Stage, run: RunFolder, progress: Progress, metrics: dict[str,
     if progress.step == 1:
         _check_first_step(stage, metrics, on_event)
     if progress.step % stage.config.train.steps_per_report == 0 or progress.step == stage.total_steps:
-        batches = math.ceil(len(stage.rows) / stage.config.train.batch_size)
+        batches = math.ceil(stage.train_rows / stage.config.train.batch_size)
         metrics |= {
             "epoch": progress.epoch + progress.position / batches,
             "num_tokens": float(progress.tokens),
@@ -176,12 +177,12 @@ def _check_first_step(stage: Stage, metrics: dict[str, float], on_event: OnEvent
 
 def _evaluate(stage: Stage, run: RunFolder, progress: Progress, on_event: OnEvent) -> None:
     """Scores the held-out rows, and keeps the adapter where it is the best so far (the lowest held-out loss)."""
-    if not stage.valid:
+    if not stage.held_out:
         return
     stage.loaded.model.eval()
     found = evaluate_rows(
-        stage.scorer, stage.valid, stage.valid_reference, stage.config.loss, stage.kind,
-        batch_size=stage.config.train.batch_size, on_event=on_event,
+        stage.scorer, stage.rows, stage.reference, stage.config.loss, stage.kind,
+        batch_size=stage.config.train.batch_size, places=stage.held_out, on_event=on_event,
     )  # fmt: skip
     progress.evaluations.append({"step": float(progress.step)} | found)
     best = progress.step > 0 and (progress.best is None or found["loss"] < progress.best["loss"])
@@ -210,7 +211,7 @@ def _facts(stage: Stage) -> dict[str, str]:
     """What people want to know before the first step."""
     config = stage.config
     batches = order_batches(
-        stage.rows, config.train.batch_size, seed=config.train.seed, epoch=0, shuffle=config.train.shuffle
+        stage.rows[: stage.train_rows], config.train.batch_size, seed=config.train.seed, epoch=0, shuffle=config.train.shuffle
     )
     trained = sum(value.size for _, value in tree_flatten(stage.loaded.model.trainable_parameters()))
     adapter = stage.adapter
@@ -219,10 +220,16 @@ def _facts(stage: Stage) -> dict[str, str]:
         "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, {trained / 1e6:.2f} M parameters",
         "loss": f"{config.loss.type}, β {config.loss.beta:g}",
         "reference": _reference_in_words(stage),
-        "rows": f"{len(stage.rows)} to train on, {len(stage.valid)} held out",
+        "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
         "padding": f"{100 * padding_share(stage.rows, batches):.0f} % of the tokens in a batch",
+        "speed": _speed_in_words(stage),
         "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
+
+
+def _speed_in_words(stage: Stage) -> str:
+    on = [name.replace("_", " ") for name in LEVERS if getattr(stage.scorer.speed, name)]
+    return f"{', '.join(on)}; off the plain path by {stage.difference:.1g} nats" if on else "plain path"
 
 
 def _reference_in_words(stage: Stage) -> str:
