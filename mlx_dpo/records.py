@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = Mapping[str, Any]
@@ -15,12 +15,13 @@ Text = str | tuple[Message, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Context:
-    """What every record has: where it came from, its prompt, and what the chat template is given beside the messages."""
+    """What every record has: where it came from, its prompt, what the chat template gets beside the messages."""
 
     id: str
     prompt: Text
     tools: tuple[Mapping[str, Any], ...] | None = None
     chat_template_kwargs: Mapping[str, Any] | None = None
+    shape: str = field(default="", compare=False)  # the row shape it was read from, a name in data/formats.py
 
     @property
     def completions(self) -> tuple[Text, ...]:
@@ -76,3 +77,16 @@ class Demonstration(Context):
 
 
 Record = PreferencePair | Ranking | Unpaired | Demonstration
+
+KINDS: dict[str, type] = {
+    "pair": PreferencePair,
+    "ranking": Ranking,
+    "unpaired": Unpaired,
+    "demonstration": Demonstration,
+}
+"""The kinds of records by the names that the command line and the losses use."""
+
+
+def kind_of(record: Record) -> str:
+    """The name of a record's kind in `KINDS`."""
+    return next(name for name, kind in KINDS.items() if isinstance(record, kind))

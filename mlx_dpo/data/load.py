@@ -1,0 +1,178 @@
+"""Rows to records of one kind, split by prompt: every row used, or every bad row named."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+from mlx_dpo.data.formats import accepted_shapes, parse_prompt, parse_row
+from mlx_dpo.data.labels import CONVERSIONS
+from mlx_dpo.data.sources import SPLITS, Row, json_type, no_split, one_split, read_splits
+from mlx_dpo.errors import DataError, UsageError
+from mlx_dpo.events import OnEvent, Warned, ignore
+from mlx_dpo.records import Context, Record, kind_of
+
+NAMED_ERRORS = 10  # bad rows of a file that are named one by one; the rest are counted
+
+
+class Splits(NamedTuple):
+    """The records of a data set by what they are for; `valid` and `test` may be empty."""
+
+    train: list[Record]
+    valid: list[Record]
+    test: list[Record]
+
+
+Parsed = TypeVar("Parsed", bound=Context)
+
+
+def load_records(
+    source: str | Path, kind: str | None = None, *, split: str = "train", on_event: OnEvent = ignore
+) -> list[Record]:
+    """The records of a file, of one split of a folder or of a Hub data set, or of standard input (`-`).
+
+    `kind` (a name in `records.KINDS`) asks for records of one kind; where the data is of another, it is converted as
+    `labels.CONVERSIONS` says. Without it all rows must be of one kind, whichever.
+
+    Raises:
+        DataError: the source cannot be read, or rows of it cannot be used; all of them in one error.
+    """
+    return _records(one_split(source, split), kind, on_event)
+
+
+def load_prompts(source: str | Path, *, split: str = "train") -> list[Context]:
+    """The prompts alone, for sampling: of any data that `load_records` takes, or of rows that have no answer.
+
+    Raises:
+        DataError: the source cannot be read, or rows of it hold no prompt.
+    """
+    return [prompt for _, prompt in _parsed(one_split(source, split), parse_prompt)]
+
+
+def load_splits(
+    source: str | Path,
+    *,
+    valid_fraction: float = 0.1,
+    seed: int = 0,
+    kind: str | None = None,
+    on_event: OnEvent = ignore,
+) -> Splits:
+    """Training, validation and test records of a folder, a file or a Hub data set.
+
+    Where the source has no validation split, `valid_fraction` of the prompts are held out of the training rows.
+
+    Raises:
+        DataError: the source cannot be read, or rows of it cannot be used; all of them in one error.
+        UsageError: `valid_fraction` is not in [0, 1).
+    """
+    if not 0 <= valid_fraction < 1:
+        raise UsageError(f"valid_fraction is {valid_fraction}", "It is a share of the prompts: 0 or more, below 1.")
+    rows = read_splits(source)
+    if "train" not in rows:
+        raise no_split(source, "train", rows)
+    train, valid, test = (_records(rows[name], kind, on_event) if name in rows else [] for name in SPLITS)
+    if "valid" not in rows:
+        train, valid = hold_out(train, valid_fraction, seed)
+    return Splits(train, valid, test)
+
+
+def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[list[Record], list[Record]]:
+    """Records split by prompt, in their order: those to train on, and a share of the prompts to validate with.
+
+    Equal prompts stay on one side. Which prompts are held out depends on their texts and the seed alone, so the order
+    of the rows does not matter. Of two or more prompts at least one is held out, unless `fraction` is 0, and at least
+    one stays.
+    """
+    keys = [prompt_key(record) for record in records]
+    order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
+    count = min(max(round(fraction * len(order)), 1), len(order) - 1) if fraction and order else 0
+    held = set(order[:count])
+    train = [record for record, key in zip(records, keys, strict=True) if key not in held]
+    return train, [record for record, key in zip(records, keys, strict=True) if key in held]
+
+
+def prompt_key(record: Record) -> str:
+    """What makes two records' prompts the same: role and content of every message, whitespace around it aside.
+
+    A record without a prompt (plain text to imitate) is known by its answer.
+    """
+    text = record.prompt or record.completions[0]
+    if isinstance(text, str):
+        return text.strip()
+    return json.dumps([[m["role"], m["content"].strip(), m.get("tool_calls")] for m in text], sort_keys=True)
+
+
+# Rows to records.
+
+
+def _parsed(rows: Sequence[Row], parse: Callable[[Mapping[str, Any], str], Parsed]) -> list[tuple[Row, Parsed]]:
+    """Every row parsed, or one error that names the bad ones."""
+    parsed, errors = [], []
+    for row in rows:
+        if row.error or not isinstance(row.value, Mapping):
+            errors.append(row if row.error else row._replace(error=f"not an object but {json_type(row.value)}"))
+            continue
+        try:
+            parsed.append((row, parse(row.value, str(row.number))))
+        except DataError as error:
+            errors.append(row._replace(error=error.message))
+    if errors:
+        raise _bad_rows(errors, rows)
+    return parsed
+
+
+def _records(rows: Sequence[Row], kind: str | None, on_event: OnEvent) -> list[Record]:
+    """Rows as records of one kind."""
+    parsed = _parsed(rows, parse_row)
+    places: dict[str, list[Row]] = {}
+    for row, record in parsed:
+        places.setdefault(kind_of(record), []).append(row)
+    if kind is None and len(places) > 1:
+        raise DataError(
+            f"{rows[0].file} mixes kinds of rows: {_listed(places)}", "Split the file, or ask for one of the kinds."
+        )
+    strangers = {found: there for found, there in places.items() if kind not in (None, found)}
+    hopeless = {found: there for found, there in strangers.items() if (found, kind) not in CONVERSIONS}
+    if hopeless:
+        raise DataError(f"{rows[0].file}: {kind} rows are needed, but there are {_listed(hopeless)}", accepted_shapes())
+    records: list[Record] = []
+    empty = 0
+    for _, record in parsed:
+        given = kind_of(record)
+        converted = [record] if kind in (None, given) else CONVERSIONS[given, str(kind)](record)
+        records.extend(converted)
+        empty += not converted
+    if empty:
+        on_event(Warned(f"{rows[0].file}: {empty} of {len(parsed)} rows give no {kind} row ({_why_empty(strangers)})"))
+    if not records:
+        raise DataError(f"{rows[0].file}: none of its {len(parsed)} rows gives a {kind} row ({_why_empty(strangers)})")
+    return records
+
+
+def _why_empty(converted: Iterable[str]) -> str:
+    reasons = {"ranking": "all answers tie", "unpaired": "the answer is judged bad"}
+    return ", ".join(reasons[kind] for kind in converted if kind in reasons)
+
+
+def _listed(places: Mapping[str, Sequence[Row]]) -> str:
+    """`pair (300 rows: line 1, line 2, line 3, …), ranking (line 7)`."""
+    listed = []
+    for kind, rows in places.items():
+        some = ", ".join(row.place for row in rows[:3]) + (", …" if len(rows) > 3 else "")
+        listed.append(f"{kind} ({len(rows)} {'row' if len(rows) == 1 else 'rows'}: {some})")
+    return ", ".join(listed)
+
+
+def _bad_rows(errors: Sequence[Row], rows: Sequence[Row]) -> DataError:
+    """One error for all that is wrong, file by file."""
+    lines = []
+    for file in dict.fromkeys(row.file for row in errors):
+        bad = [row for row in errors if row.file == file]
+        lines.append(f"{file}: {len(bad)} of {sum(row.file == file for row in rows)} rows cannot be used")
+        lines += [f"  {row.place}: {row.error}" for row in bad[:NAMED_ERRORS]]
+        if len(bad) > NAMED_ERRORS:
+            lines.append(f"  and {len(bad) - NAMED_ERRORS} more")
+    return DataError("\n".join(lines), accepted_shapes())

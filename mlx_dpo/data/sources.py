@@ -1,0 +1,209 @@
+"""Files, folders, standard input and the Hub to rows: what stands where, and what could not be read."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mlx_dpo.data.formats import accepted_shapes
+from mlx_dpo.errors import DataError
+
+SPLITS = {
+    "train": ("train", "train_prefs"),
+    "valid": ("valid", "validation", "val", "dev", "eval", "heldout"),
+    "test": ("test", "test_prefs"),
+}
+"""The three splits and the names that files, JSON keys and Hub splits give them."""
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".json.gz", ".parquet")
+
+_FILE_NAME = re.compile(r"(?P<name>.+?)(-\d+-of-\d+)?(\.jsonl|\.ndjson|\.json|\.parquet)(\.gz)?")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
+
+
+class Row(NamedTuple):
+    """One row as it was read: where it stands, its number there from 1, and its value or why it cannot be read."""
+
+    file: str
+    place: str
+    number: int
+    value: Any = None
+    error: str = ""
+
+
+def one_split(source: str | Path, split: str) -> list[Row]:
+    """The rows of one split of a source, which has at least one.
+
+    Raises:
+        DataError: the source cannot be read, or has no such split.
+    """
+    rows = read_splits(source)
+    if split not in rows:
+        raise no_split(source, split, rows)
+    return rows[split]
+
+
+def no_split(source: str | Path, split: str, rows: Iterable[str]) -> DataError:
+    """The error for a split that a source lacks."""
+    there = ", ".join(rows) or "none"
+    return DataError(
+        f"{source} has no {split} split (there: {there})",
+        f"Call it {' or '.join(SPLITS.get(split, (split,)))}: a file of that name with {', '.join(SUFFIXES)}, "
+        "or a key of that name in a JSON file.",
+    )
+
+
+def read_splits(source: str | Path) -> dict[str, list[Row]]:
+    """Rows by split (a name in `SPLITS`); a source without splits is all `train`. A row that cannot be read stands
+    among them with its error.
+
+    Raises:
+        DataError: there is no such source, it is empty, or nothing of it can be read.
+    """
+    path = Path(source)
+    if str(source) == "-":
+        rows = {"train": _text_rows(sys.stdin.buffer.read(), "standard input")}
+    elif path.is_dir():
+        rows = _folder_rows(path)
+    elif path.exists():
+        rows = _file_rows(path)
+    elif _HUB_NAME.fullmatch(str(source)) and not str(source).endswith(SUFFIXES):
+        rows = _hub_rows(str(source))
+    else:
+        raise DataError(
+            f"there is no file or folder {source}", f"Check the path; a relative one starts at {Path.cwd()}."
+        )
+    for name, there in rows.items():
+        if not there:
+            raise DataError(f"{source} holds no rows{'' if len(rows) == 1 else f' for {name}'}", accepted_shapes())
+    return rows
+
+
+def _split_of(name: str) -> str | None:
+    return next((split for split, names in SPLITS.items() if name.lower() in names), None)
+
+
+def _folder_rows(folder: Path) -> dict[str, list[Row]]:
+    """The rows of a folder's train, valid and test files, in one piece or in numbered ones (`train-00000-of-00002`)."""
+    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    rows: dict[str, list[Row]] = {}
+    for path in files:
+        named = _FILE_NAME.fullmatch(path.name)
+        split = _split_of(named["name"]) if named else None
+        if split:
+            rows.setdefault(split, []).extend(row for part in _file_rows(path).values() for row in part)
+    if not rows:
+        there = ", ".join(path.name for path in files) or "no data file"
+        raise DataError(
+            f"{folder} has neither a train file nor a valid or test one (there: {there})",
+            f"Call one of them train, with {', '.join(SUFFIXES)}, or give the file itself instead of the folder.",
+        )
+    return rows
+
+
+def _file_rows(path: Path) -> dict[str, list[Row]]:
+    if path.name.endswith(".parquet"):
+        return {"train": _parquet_rows(path)}
+    raw = path.read_bytes()
+    if path.name.endswith(".gz"):
+        try:
+            raw = gzip.decompress(raw)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path} cannot be unpacked: {error}") from None
+    if not raw.strip():
+        raise DataError(f"{path} is empty", accepted_shapes())
+    if ".json" in path.suffixes:
+        return _document_rows(raw, str(path))
+    return {"train": _text_rows(raw, str(path))}
+
+
+def _text_rows(raw: bytes, file: str) -> list[Row]:
+    """The rows of JSON lines. Lines end at LF alone: strings may hold other separators, U+2028 for one."""
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{file} is UTF-16", "Save it as UTF-8.")
+    rows = []
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+        if not line.strip():
+            continue
+        place = f"line {number}"
+        try:
+            rows.append(Row(file, place, number, json.loads(line.decode())))
+        except UnicodeDecodeError as error:
+            rows.append(
+                Row(file, place, number, error=f"not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}")
+            )
+        except json.JSONDecodeError as error:
+            rows.append(Row(file, place, number, error=f"broken JSON: {error.msg} (column {error.colno})"))
+    return rows
+
+
+def _document_rows(raw: bytes, file: str) -> dict[str, list[Row]]:
+    """The rows of one JSON document: a list, or an object with a list for each split or one under `data`.
+
+    Many a `.json` file holds JSON lines; it is read as such.
+    """
+    try:
+        document = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode())
+    except UnicodeDecodeError:
+        return {"train": _text_rows(raw, file)}
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and raw.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
+            return {"train": _text_rows(raw, file)}
+        raise DataError(f"{file}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
+    if isinstance(document, list):
+        return {"train": _items(document, file)}
+    if isinstance(document, dict):
+        splits = {_split_of(key): items for key, items in document.items() if isinstance(items, list)}
+        named = {split: _items(items, f"{file}, {split}") for split, items in splits.items() if split}
+        if named:
+            return named
+        if isinstance(document.get("data"), list):
+            return {"train": _items(document["data"], file)}
+        return {"train": [Row(file, "line 1", 1, document)]}
+    raise DataError(f"{file} holds {json_type(document)}, not rows", accepted_shapes())
+
+
+def _items(items: Sequence[Any], file: str, word: str = "item") -> list[Row]:
+    return [Row(file, f"{word} {number}", number, value) for number, value in enumerate(items, 1)]
+
+
+def _parquet_rows(path: Path) -> list[Row]:
+    try:
+        parquet = import_module("pyarrow.parquet")
+    except ImportError:
+        raise DataError(f"{path} needs pyarrow", "pip install 'mlx-dpo[hub]'") from None
+    try:
+        return _items(parquet.read_table(path).to_pylist(), str(path), "row")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+
+
+def _hub_rows(name: str) -> dict[str, list[Row]]:
+    """The rows of a Hub data set, `owner/name` or `owner/name:configuration`."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise DataError(
+            f"there is no file or folder {name}",
+            "Check the path; or, if it names a data set on the Hub: pip install 'mlx-dpo[hub]'",
+        ) from None
+    repository, _, configuration = name.partition(":")
+    try:
+        splits = load_dataset(repository, configuration or None)
+    except (OSError, ValueError) as error:  # not found, no network, no such configuration
+        raise DataError(f"there is no file or folder {name}, and the Hub gave no data set: {error}") from None
+    return {
+        split: _items(list(rows), f"{name}, {key}", "row") for key, rows in splits.items() if (split := _split_of(key))
+    }
+
+
+def json_type(value: Any) -> str:
+    """What a JSON value is, in words for an error."""
+    names = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+    return names.get(type(value), "null")
