@@ -16,9 +16,9 @@ class ModelConfig:
     revision: str | None = None  # branch, tag or commit on the Hub
     adapter: str | None = None  # adapter folder (mlx-lm or PEFT) that training starts from
     quantize_bits: int | None = None  # quantize a full-precision model while loading
-    quantize_group_size: int = 64
+    quantize_group_size: int = 64  # weights that share a scale
     compute_dtype: Dtype = "auto"  # auto: as stored on a GPU; float32, dequantized once, on a CPU
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # run code that comes with the model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,19 +27,19 @@ class DataConfig:
 
     path: str = ""  # file, or folder with train/valid/test files
     valid_fraction: float = 0.1  # share of prompts held out when the data has no validation file
-    split_seed: int = 0
+    split_seed: int = 0  # of the choice of held-out prompts
     max_length: int | None = 1024  # tokens of prompt and completion together; null for no limit
-    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"
+    truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # what stays of a row that is too long
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraConfig:
     """The adapter. y = W x + scale · B A x."""
 
-    rank: int = 8
-    scale: float = 2.0
+    rank: int = 8  # rows of A, columns of B
+    scale: float = 2.0  # the weight of B A
     alpha: float | None = None  # PEFT's way to say scale: alpha / rank; excludes scale
-    dropout: float = 0.0
+    dropout: float = 0.0  # share of the inputs of A that is dropped while training
     num_layers: int = 16  # blocks from the top that get an adapter; -1 for all
     keys: tuple[str, ...] | None = None  # modules of a block, e.g. self_attn.q_proj or q_proj; null: all linear ones
 
@@ -70,14 +70,14 @@ class LossConfig:
 class OptimConfig:
     """The optimizer and the learning rate over time."""
 
-    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"
-    learning_rate: float = 1e-4
-    weight_decay: float = 0.0
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.999
-    adam_epsilon: float = 1e-8
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "muon"] = "adamw"  # the update rule
+    learning_rate: float = 1e-4  # the highest one, after the warm-up
+    weight_decay: float = 0.0  # not of adam
+    adam_beta1: float = 0.9  # adamw, adam and lion: memory of the gradient
+    adam_beta2: float = 0.999  # adamw, adam and lion: memory of its square
+    adam_epsilon: float = 1e-8  # adamw and adam
     momentum: float = 0.0  # sgd and muon
-    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"  # the way down after the warm-up
     warmup_ratio: float = 0.1  # share of the steps over which the rate rises from 0
     warmup_steps: int | None = None  # the same in steps; wins over the ratio
     max_grad_norm: float = 1.0  # 0 for no clipping
@@ -90,16 +90,16 @@ class TrainConfig:
     output: str = "runs/dpo"  # run folder
     batch_size: int = 4  # rows of a micro-batch
     grad_accumulation_steps: int = 1  # micro-batches of an optimizer step
-    epochs: float = 1.0
+    epochs: float = 1.0  # passes over the rows to train on
     iters: int | None = None  # optimizer steps; wins over epochs
-    seed: int = 0
+    seed: int = 0  # of the adapter, the order of rows and dropout
     shuffle: bool = True  # false: rows in file order
-    grad_checkpoint: bool = False
+    grad_checkpoint: bool = False  # compute activations twice instead of keeping them: less memory, more time
     token_metrics: bool = False  # also entropy, logits and token accuracy, which cost a part of the head
-    steps_per_report: int = 1
-    steps_per_eval: int | None = 50  # null: only at the end
+    steps_per_report: int = 1  # optimizer steps between lines of metrics.jsonl
+    steps_per_eval: int | None = 50  # optimizer steps between evaluations; null: only at the end
     save_every: int = 50  # optimizer steps between checkpoints
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
     keep_best: bool = True  # adapters.safetensors is the best evaluation's, not the last step's
 
 

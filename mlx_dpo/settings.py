@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
 from mlx_dpo import config as settings
-from mlx_dpo.config import LoraConfig, RunConfig
+from mlx_dpo.config import LoraConfig, OptimConfig, RunConfig
 from mlx_dpo.errors import UsageError
 
 SECTIONS: dict[str, Any] = get_type_hints(RunConfig)
@@ -160,6 +160,15 @@ RULES: dict[str, tuple[str, Test]] = {
     "train.keep_checkpoints": at_least_1,
 }
 
+READERS: dict[str, tuple[str, ...]] = {
+    # which optimizers read an option; with another one it is refused, not ignored
+    "weight_decay": ("adamw", "sgd", "lion", "adafactor", "muon"),
+    "adam_beta1": ("adamw", "adam", "lion"),
+    "adam_beta2": ("adamw", "adam", "lion"),
+    "adam_epsilon": ("adamw", "adam"),
+    "momentum": ("sgd", "muon"),
+}
+
 
 def _broken_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key, (text, holds) in RULES.items():
@@ -169,6 +178,10 @@ def _broken_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield key, f"must be {text}, not {value!r}"
     if config.lora.alpha is not None and config.lora.scale != LoraConfig.scale:
         yield "lora.alpha", "lora.scale is given too; alpha is another way to say it (scale = alpha / rank)"
+    for option, optimizers in READERS.items():
+        value = getattr(config.optim, option)
+        if value != getattr(OptimConfig, option) and config.optim.name not in optimizers:
+            yield f"optim.{option}", f"{value} is not used by {config.optim.name}; it is by {', '.join(optimizers)}"
 
 
 @cache

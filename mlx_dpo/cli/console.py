@@ -1,0 +1,41 @@
+"""Where things are said: results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mlx_dpo.errors import MlxDpoError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def stderr() -> Console:
+    """The console for people; colours and bars only where it is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def stdout() -> Console:
+    """The console for results that people read; what programs read is printed plainly."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+def show_error(error: MlxDpoError) -> None:
+    """What is wrong, and below it what to do."""
+    from rich.text import Text
+
+    console = stderr()
+    console.print(Text.assemble(("error: ", "bold red"), error.message))
+    if error.remedy:
+        console.print(Text(error.remedy, style="dim"))
+
+
+def show_warning(console: Console, text: str) -> None:
+    """Something that the user should look at."""
+    from rich.text import Text
+
+    console.print(Text.assemble(("warning: ", "bold yellow"), text))

@@ -1,0 +1,121 @@
+"""What a run says while it goes on, for people: bars on a terminal, lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from mlx_dpo.cli.console import show_warning, stderr
+from mlx_dpo.events import Evaluated, OnEvent, Phase, Saved, Started, Stepped, Warned
+
+LINES = 20
+"""Steps that a run reports where no bar can be drawn."""
+
+
+@dataclass
+class Screen:
+    """Where events are drawn, and what of the past they need."""
+
+    console: Console
+    bars: Progress
+    rows_per_step: int
+    tasks: dict[str, TaskID] = field(default_factory=dict)
+
+
+@contextmanager
+def show_progress(*, quiet: bool = False, rows_per_step: int = 1) -> Iterator[OnEvent]:
+    """A listener that draws events on standard error; of a `quiet` run only warnings."""
+    console = stderr()
+    bars = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[state]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+    screen = Screen(console, bars, rows_per_step)
+    with bars:
+        yield lambda event: None if quiet and not isinstance(event, Warned) else RENDER[type(event)](screen, event)
+
+
+def in_words(metrics: dict[str, float], *, pairs_per_second: float | None = None) -> str:
+    """Loss, accuracy with its interval, margin, speed and memory, as far as they are known, in one line."""
+    parts = [f"{label} {metrics[name]:{form}}" for name, label, form in SHOWN if name in metrics]
+    if "accuracy_low" in metrics:
+        parts[1] += f" (95 %: {100 * metrics['accuracy_low']:.0f} to {100 * metrics['accuracy_high']:.0f} %)"
+    if pairs_per_second:
+        parts.append(f"{pairs_per_second:.1f} rows/s")
+    if "peak_memory_gb" in metrics:
+        parts.append(f"{metrics['peak_memory_gb']:.1f} GB")
+    return ", ".join(parts)
+
+
+SHOWN = (
+    ("loss", "loss", ".4f"),
+    ("rewards/accuracies", "accuracy", ".0%"),
+    ("rewards/margins", "margin", ".2f"),
+    ("kl/token", "KL/token", ".3f"),
+)
+
+
+def _phase(screen: Screen, event: Phase) -> None:
+    if not event.total:
+        return
+    if event.name not in screen.tasks:
+        screen.tasks[event.name] = screen.bars.add_task(event.name, total=event.total, state=event.unit)
+    screen.bars.update(screen.tasks[event.name], completed=event.done)
+    if event.done == event.total:
+        screen.bars.remove_task(screen.tasks.pop(event.name))
+
+
+def _started(screen: Screen, event: Started) -> None:
+    table = Table.grid(padding=(0, 2))
+    for label, value in event.facts.items():
+        table.add_row(Text(label, style="bold"), Text(value))
+    screen.console.print(table)
+    screen.tasks["training"] = screen.bars.add_task(
+        "training", total=event.total_steps, completed=event.first_step, state=""
+    )
+
+
+def _stepped(screen: Screen, event: Stepped) -> None:
+    seconds = event.metrics.get("seconds")
+    speed = event.step * screen.rows_per_step / seconds if seconds else None
+    state = in_words(event.metrics, pairs_per_second=speed)
+    task: dict[str, Any] = {"state": state} if state else {}
+    screen.bars.update(screen.tasks["training"], completed=event.step, **task)
+    due = event.step % max(1, event.total_steps // LINES) == 0 or event.step in (1, event.total_steps)
+    if state and due and not screen.console.is_terminal:
+        screen.console.print(f"step {event.step} of {event.total_steps}: {state}")
+
+
+def _evaluated(screen: Screen, event: Evaluated) -> None:
+    best = ", the best so far" if event.best else ""
+    screen.console.print(f"held out, after step {event.step}: {in_words(event.metrics)}{best}")
+
+
+def _saved(screen: Screen, event: Saved) -> None:
+    screen.console.print(Text(f"saved {event.path}", style="dim"))
+
+
+def _warned(screen: Screen, event: Warned) -> None:
+    show_warning(screen.console, event.text)
+
+
+RENDER: dict[type, Callable[[Screen, Any], None]] = {
+    Phase: _phase,
+    Started: _started,
+    Stepped: _stepped,
+    Evaluated: _evaluated,
+    Saved: _saved,
+    Warned: _warned,
+}
