@@ -16,7 +16,7 @@ class TokenizedRow(NamedTuple):
 
     Answer k is read as `prompt[starts[k]:] + completions[k]` and its loss counts `completions[k]` alone. `starts` is 0
     everywhere unless truncation kept the end. `ranks` are 1 and 2 for a pair, the given ranks for a ranking, 1 for a
-    single answer; `label` is +1 or −1 for an unpaired row and 0 otherwise.
+    single answer; `label` is +1 or -1 for an unpaired row and 0 otherwise.
     """
 
     id: str
@@ -57,10 +57,8 @@ class EncodeReport:
         said = []
         if self.dropped:
             some = ", ".join(self.dropped[:5]) + (", …" if len(self.dropped) > 5 else "")
-            said.append(
-                f"{len(self.dropped)} of {self.rows} rows dropped: with max_length {max_length} no completion token "
-                f"is left ({some})"
-            )
+            limit = f" within max_length {max_length}" if max_length is not None else ""
+            said.append(f"{len(self.dropped)} of {self.rows} rows dropped: no completion token is left{limit} ({some})")
         if self.cut_rows:
             said.append(
                 f"{self.cut_rows} of {self.kept} rows cut to max_length {max_length}: {self.cut_tokens} tokens lost, "
@@ -114,7 +112,9 @@ def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[in
     """
     tokenizer = unwrap(tokenizer)
     prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
-    wholes = [_guard(record, tokenizer, lambda a=answer: _encode_whole(tokenizer, record, a)) for answer in record.completions]
+    wholes = [
+        _guard(record, tokenizer, lambda a=answer: _encode_whole(tokenizer, record, a)) for answer in record.completions
+    ]
     shared = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
@@ -166,9 +166,10 @@ def encode_records(
         _count(report, whole, row, hf.eos_token_id)
         rows.append(row)
     if not rows:
+        limit = f" left within max_length {config.max_length}" if config.max_length is not None else ""
         raise DataError(
-            f"none of {report.rows} rows has a completion token left within max_length {config.max_length}",
-            "raise --max-length, or shorten the prompts",
+            f"none of {report.rows} rows has a completion token{limit}",
+            "raise --max-length, or shorten the prompts" if limit else "",
         )
     return rows, report
 
