@@ -1,0 +1,162 @@
+"""The architectures that go into and come out of GGUF: names of tensors and settings, and what differs in the numbers.
+
+Adding one is an entry in `ARCHITECTURES`. Facts are those of llama.cpp's loader (src/llama-model.cpp) and its converter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+
+LLAMA_BLOCK = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+FOUR_NORMS = {
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
+    "ffn_up_exps": "mlp.switch_mlp.up_proj",
+    "ffn_down_exps": "mlp.switch_mlp.down_proj",
+}
+
+COMMON_SETTINGS = {
+    "context_length": "max_position_embeddings",
+    "embedding_length": "hidden_size",
+    "block_count": "num_hidden_layers",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.key_length": "head_dim",
+    "rope.freq_base": "rope_theta",
+}
+SLIDING = {"attention.sliding_window": "sliding_window"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What one `model_type` of config.json is in a GGUF file."""
+
+    gguf: str  # general.architecture
+    model_class: str  # config.json's "architectures"
+    block: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_BLOCK))  # blk.N.… to model.layers.N.…
+    settings: Mapping[str, str] = field(default_factory=lambda: dict(COMMON_SETTINGS))  # GGUF key to config.json key
+    constants: Mapping[str, Any] = field(default_factory=dict)  # config.json keys that GGUF leaves to the architecture
+    interleaved_rope: bool = False  # rows of q and k in pairs: ggml rotates neighbours, Hugging Face halves
+    norm_offset: bool = False  # norms are kept as weight + 1
+    untied_head: bool = True  # whether an output matrix of its own may exist
+    query_scalar_big: tuple[int, float] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(gguf="llama", model_class="LlamaForCausalLM", interleaved_rope=True),
+    "mistral": Architecture(gguf="llama", model_class="MistralForCausalLM", interleaved_rope=True),
+    "smollm3": Architecture(
+        gguf="smollm3",
+        model_class="SmolLM3ForCausalLM",
+        interleaved_rope=True,
+        constants={"no_rope_layer_interval": 4},
+    ),
+    "qwen2": Architecture(gguf="qwen2", model_class="Qwen2ForCausalLM"),
+    "qwen3": Architecture(gguf="qwen3", model_class="Qwen3ForCausalLM", block=LLAMA_BLOCK | QK_NORMS),
+    "qwen3_moe": Architecture(
+        gguf="qwen3moe",
+        model_class="Qwen3MoeForCausalLM",
+        block={k: v for k, v in LLAMA_BLOCK.items() if not v.startswith("mlp.")} | QK_NORMS | EXPERTS,
+        settings=COMMON_SETTINGS
+        | {
+            "expert_count": "num_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
+    ),
+    "gemma": Architecture(gguf="gemma", model_class="GemmaForCausalLM", norm_offset=True, untied_head=False),
+    "gemma2": Architecture(
+        gguf="gemma2",
+        model_class="Gemma2ForCausalLM",
+        block=LLAMA_BLOCK | FOUR_NORMS,
+        settings=COMMON_SETTINGS
+        | SLIDING
+        | {
+            "attn_logit_softcapping": "attn_logit_softcapping",
+            "final_logit_softcapping": "final_logit_softcapping",
+        },
+        norm_offset=True,
+        untied_head=False,
+        query_scalar_big=(46, 144.0),
+    ),
+    "gemma3_text": Architecture(
+        gguf="gemma3",
+        model_class="Gemma3ForCausalLM",
+        block=LLAMA_BLOCK | QK_NORMS | FOUR_NORMS,
+        settings=COMMON_SETTINGS | SLIDING | {"rope.freq_base_swa": "rope_local_base_freq"},
+        constants={"sliding_window_pattern": 6},
+        norm_offset=True,
+        untied_head=False,
+        query_scalar_big=(62, 168.0),
+    ),
+    "phi3": Architecture(
+        gguf="phi3",
+        model_class="Phi3ForCausalLM",
+        block={
+            "attn_norm": "input_layernorm",
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_norm": "post_attention_layernorm",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        settings={k: v for k, v in COMMON_SETTINGS.items() if v != "head_dim"} | SLIDING,
+    ),
+}
+
+
+def model_type_of(gguf_architecture: str) -> str | None:
+    """The config.json `model_type` for a file's `general.architecture`; None when no entry reads it."""
+    return next((name for name, a in ARCHITECTURES.items() if a.gguf == gguf_architecture), None)
+
+
+def to_mlx_name(architecture: Architecture, name: str) -> str | None:
+    """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; None for a tensor the model has no place for."""
+    stem, _, kind = name.rpartition(".")
+    if kind not in ("weight", "bias"):
+        return None
+    if stem in GLOBAL_NAMES:
+        return f"{GLOBAL_NAMES[stem]}.{kind}"
+    prefix, _, rest = stem.partition(".")
+    layer, _, part = rest.partition(".")
+    if prefix != "blk" or part not in architecture.block:
+        return None
+    return f"model.layers.{layer}.{architecture.block[part]}.{kind}"
+
+
+def to_gguf_name(architecture: Architecture, name: str) -> str | None:
+    """The reverse of `to_mlx_name`."""
+    stem, _, kind = name.rpartition(".")
+    for gguf_name, mlx_name in GLOBAL_NAMES.items():
+        if stem == mlx_name:
+            return f"{gguf_name}.{kind}"
+    if not stem.startswith("model.layers."):
+        return None
+    layer, _, part = stem.removeprefix("model.layers.").partition(".")
+    for gguf_name, mlx_name in architecture.block.items():
+        if part == mlx_name:
+            return f"blk.{layer}.{gguf_name}.{kind}"
+    return None

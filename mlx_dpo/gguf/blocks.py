@@ -1,0 +1,67 @@
+"""ggml's blocks of 32 quantized weights and MLX's affine groups of 32: the same numbers in two layouts.
+
+A weight is `scale · q + bias` in MLX with unsigned q. ggml's `_1` blocks store a scale d and a minimum m: scale = d, bias = m.
+Its `_0` blocks store d alone and centre q: bias = −2^(bits−1) · d, exact in float16 because it is a power of two.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+GROUP = 32
+BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
+
+
+def unpack_blocks(raw: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Take ggml blocks apart.
+
+    `raw` is uint8 `[..., bytes of a row]` of `kind`, a key of `BITS`. Returns q uint8 `[..., columns]`, unsigned, and scale and
+    bias float16 `[..., columns / 32]`. Raises OverflowError where a bias has no float16.
+    """
+    bits = BITS[kind]
+    size = 2 * (1 if kind.endswith("_0") else 2) + {4: 16, 5: 20, 8: 32}[bits]
+    blocks = raw.reshape(*raw.shape[:-1], raw.shape[-1] // size, size)
+    scale = np.ascontiguousarray(blocks[..., :2]).view(np.float16)[..., 0]
+    if kind.endswith("_1"):
+        bias = np.ascontiguousarray(blocks[..., 2:4]).view(np.float16)[..., 0]
+        body = blocks[..., 4:]
+    else:
+        wide = scale.astype(np.float32) * -(2 ** (bits - 1))
+        if not np.all(np.abs(wide) <= np.finfo(np.float16).max):
+            raise OverflowError
+        bias = wide.astype(np.float16)
+        body = blocks[..., 2:]
+    if bits == 8:
+        q = body ^ 0x80  # signed to unsigned: q + 128
+    else:
+        nibbles = body[..., -16:]  # byte j holds element j in its low half and element j + 16 in its high half
+        q = np.concatenate([nibbles & 0x0F, nibbles >> 4], axis=-1)
+    if bits == 5:
+        fifth = np.unpackbits(np.ascontiguousarray(body[..., :4]), axis=-1, bitorder="little")
+        q = q | (fifth << 4)
+    return q.reshape(*raw.shape[:-1], -1), scale, bias
+
+
+def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
+    """Unsigned `q` uint8 `[..., columns]` as MLX packs it: `bits` bits each, lowest first, in uint32 `[..., columns·bits/32]`."""
+    rows = q.reshape(-1, q.shape[-1])
+    if bits == 8:
+        packed = rows
+    elif bits == 4:
+        packed = rows[:, 0::2] | (rows[:, 1::2] << 4)
+    else:
+        planes = (rows[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
+        packed = np.packbits(planes.reshape(rows.shape[0], -1), axis=-1, bitorder="little")
+    return np.ascontiguousarray(packed).view(np.uint32).reshape(*q.shape[:-1], -1)
+
+
+def interleave_rope(rows: Any, heads: int) -> Any:
+    """Rows of a query or key matrix (or bias) `[heads · head_dim, ...]` from halves (Hugging Face) to neighbours (ggml)."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def separate_rope(rows: Any, heads: int) -> Any:
+    """The reverse of `interleave_rope`: from neighbours (ggml) to halves (Hugging Face)."""
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)

@@ -1,0 +1,114 @@
+"""config.json from the settings of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.gguf.architectures import ARCHITECTURES
+
+LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+
+
+def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The contents of config.json.
+
+    `fields` are the file's settings by key, `tensors` its tensors by name. Raises ModelError that lists every setting that is
+    missing, or for a RoPE scaling that mlx-lm's model of this type cannot do.
+    """
+    architecture = ARCHITECTURES[model_type]
+    prefix = architecture.gguf
+    found = {
+        key: _plain(fields[f"{prefix}.{name}"])
+        for name, key in architecture.settings.items()
+        if f"{prefix}.{name}" in fields
+    }
+    config: dict[str, Any] = {"model_type": model_type, "architectures": [architecture.model_class]}
+    config |= architecture.constants | found
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    missing = [f"{prefix}.{name}" for name, key in architecture.settings.items() if key in needed and key not in found]
+    if missing:
+        raise ModelError(f"The GGUF file lacks the settings {', '.join(missing)}.", "Download it again.")
+    config["vocab_size"] = len(fields["tokenizer.ggml.tokens"])
+    if "token_embd.weight" in tensors:
+        config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    config.setdefault("num_key_value_heads", config["num_attention_heads"])
+    config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    config.setdefault("intermediate_size", 0)
+    config.setdefault("rope_theta", 10000.0)
+    config["tie_word_embeddings"] = "output.weight" not in tensors
+    if model_type == "llama":
+        config["attention_bias"] = "blk.0.attn_q.bias" in tensors
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
+    if architecture.query_scalar_big is not None:
+        layers, scalar = architecture.query_scalar_big
+        big = config["num_hidden_layers"] == layers
+        config["query_pre_attn_scalar"] = scalar if big else float(config["head_dim"])
+    if model_type == "gemma3_text":
+        config.setdefault("rope_local_base_freq", 10000.0)
+    rotated = fields.get(f"{prefix}.rope.dimension_count", config["head_dim"])
+    if rotated != config["head_dim"]:
+        config["partial_rotary_factor"] = rotated / config["head_dim"]
+    scaling = _rope_scaling(prefix, config, fields, tensors)
+    if scaling:
+        config["rope_scaling"] = scaling
+    return config
+
+
+def _rope_scaling(
+    prefix: str, config: Mapping[str, Any], fields: Mapping[str, Any], tensors: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    kind = fields.get(f"{prefix}.rope.scaling.type", "none")
+    original = fields.get(f"{prefix}.rope.scaling.original_context_length")
+    if "rope_factors_long.weight" in tensors:
+        return {
+            "type": "longrope",
+            "rope_type": "longrope",
+            "long_factor": tensors["rope_factors_long.weight"].data.tolist(),
+            "short_factor": tensors["rope_factors_short.weight"].data.tolist(),
+            "original_max_position_embeddings": int(original),
+        }
+    if "rope_freqs.weight" in tensors:
+        return _llama3_scaling(config, np.asarray(tensors["rope_freqs.weight"].data))
+    if kind == "linear":
+        return {"type": "linear", "rope_type": "linear", "factor": _plain(fields[f"{prefix}.rope.scaling.factor"])}
+    if kind == "yarn":
+        scaling = {"type": "yarn", "rope_type": "yarn", "factor": _plain(fields[f"{prefix}.rope.scaling.factor"])}
+        return scaling | ({"original_max_position_embeddings": int(original)} if original else {})
+    if kind == "none":
+        return None
+    raise ModelError(
+        f"The GGUF file scales its rotary embedding by {kind!r}, which is not read here.",
+        "Give the original model's folder or Hub name instead of the GGUF file.",
+    )
+
+
+def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
+    """What each of `[head_dim / 2]` rotary frequencies is divided by under Llama 3's scaling (the tensor `rope_freqs`).
+
+    Wavelengths beyond original/low are stretched by `factor`, those below original/high stay, those between are blended.
+    """
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    original = scaling["original_max_position_embeddings"]
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
+
+
+def _llama3_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
+    scaling = {"type": "llama3", "rope_type": "llama3", "factor": _plain(factors.max()), **LLAMA3_DEFAULTS}
+    expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
+    if not np.allclose(factors, expected, rtol=1e-4):
+        raise ModelError(
+            "The GGUF file's rope_freqs are not those of Llama 3's scaling with its usual settings.",
+            "Give the original model's folder or Hub name instead of the GGUF file.",
+        )
+    return scaling
+
+
+def _plain(value: Any) -> Any:
+    """A float32 setting as the shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value))) if isinstance(value, float | np.floating) else value

@@ -1,0 +1,203 @@
+"""An MLX model folder from a GGUF file: settings, tokenizer and weights, quantized blocks kept bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture, model_type_of, to_mlx_name
+from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, separate_rope, unpack_blocks
+from mlx_dpo.gguf.config_read import read_config
+from mlx_dpo.gguf.package import gguf_package
+from mlx_dpo.gguf.tokenizer_read import end_tokens, read_tokenizer
+
+Progress = Callable[[int, int], None]
+"""Called with the number of tensors done and the number of all."""
+
+ImportDtype = Literal["keep", "float32", "float16", "bfloat16"]
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+SHARD_BYTES = 4 << 30
+SETTING_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    """What came out of a GGUF file."""
+
+    folder: Path
+    model_type: str
+    name: str  # general.name of the file
+    tensors: dict[str, int]  # how many tensors of each ggml type the file had
+    kept_quantized: int  # how many of them are quantized in the folder, with the same bits
+    parameters: int
+
+
+def import_gguf(
+    gguf_path: str | Path,
+    output_folder: str | Path,
+    *,
+    dtype: ImportDtype = "keep",
+    progress: Progress | None = None,
+) -> ImportReport:
+    """Turn a GGUF file into a folder that mlx-lm loads.
+
+    `keep` leaves Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 tensors as they are (MLX affine quantization in groups of 32, the same numbers),
+    F32, F16 and BF16 too; other quantized tensors are dequantized to float16. The other choices dequantize everything.
+    The folder appears whole or not at all. Raises ModelError for a file that cannot be read, an architecture or a tokenizer that
+    is not in the tables, and an output folder that exists; MlxDpoError when the `gguf` package is missing.
+    """
+    path, folder = Path(gguf_path), Path(output_folder)
+    if folder.exists():
+        raise ModelError(f"{folder} exists already.", "Name a folder that does not exist yet.")
+    reader = _open(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if field.types}
+    model_type = model_type_of(fields["general.architecture"])
+    if fields.get("general.type", "model") != "model" or model_type is None:
+        kinds = ", ".join(sorted({a.gguf for a in ARCHITECTURES.values()}))
+        what = f"{fields.get('general.type', 'model')} of architecture {fields['general.architecture']!r}"
+        raise ModelError(
+            f"{path} holds a {what}; a model of one of these can be read: {kinds}.",
+            "Give the original model's folder or Hub name instead of the GGUF file.",
+        )
+    architecture = ARCHITECTURES[model_type]
+    names = {tensor.name: to_mlx_name(architecture, tensor.name) for tensor in reader.tensors}
+    unknown = [name for name, mlx_name in names.items() if mlx_name is None and name not in SETTING_TENSORS]
+    if unknown:
+        raise ModelError(
+            f"{path}: {len(unknown)} tensors have no place in a {model_type} model: {', '.join(unknown[:8])}.",
+            "The file may be of a newer variant; give the original model's folder or Hub name instead.",
+        )
+    config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
+    tokenizer, tokenizer_config = read_tokenizer(fields)
+    eos = end_tokens(fields)
+    config["eos_token_id"] = eos[0] if len(eos) == 1 else eos
+    if "tokenizer.ggml.bos_token_id" in fields:
+        config["bos_token_id"] = int(fields["tokenizer.ggml.bos_token_id"])
+    generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    modules = _write_weights(reader.tensors, names, architecture, config, dtype, beside, progress)
+    if modules:
+        usual = Counter(modules.values()).most_common(1)[0][0]
+        config["quantization"] = {"group_size": GROUP, "bits": usual, "mode": "affine"} | {
+            name: {"group_size": GROUP, "bits": bits} for name, bits in modules.items() if bits != usual
+        }
+        config["quantization_config"] = config["quantization"]
+    contents = {
+        "config.json": config,
+        "generation_config.json": generation,
+        "tokenizer.json": tokenizer,
+        "tokenizer_config.json": tokenizer_config,
+    }
+    for name, content in contents.items():
+        (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+    beside.rename(folder)
+    return ImportReport(
+        folder=folder,
+        model_type=model_type,
+        name=fields.get("general.name", path.stem),
+        tensors=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
+        kept_quantized=len(modules),
+        parameters=sum(int(t.n_elements) for t in reader.tensors if names[t.name]),
+    )
+
+
+def _open(path: Path) -> Any:
+    gguf = gguf_package()
+    if not path.is_file():
+        raise ModelError(f"There is no file {path}.", "Give the path of a .gguf file.")
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError) as error:
+        raise ModelError(f"{path} is no GGUF file that can be read: {error}.", "Download it again.") from error
+
+
+def _write_weights(
+    tensors: list[Any],
+    names: dict[str, str | None],
+    architecture: Architecture,
+    config: dict[str, Any],
+    dtype: ImportDtype,
+    folder: Path,
+    progress: Progress | None,
+) -> dict[str, int]:
+    """Write model*.safetensors and its index; returns bits by quantized module."""
+    shards: list[list[str]] = []
+    shard: dict[str, mx.array] = {}
+    modules: dict[str, int] = {}
+    total = 0
+
+    def flush() -> None:
+        mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, metadata={"format": "mlx"})
+        shards.append(sorted(shard))
+        shard.clear()
+
+    for done, tensor in enumerate(tensors):
+        name = names[tensor.name]
+        if name is not None:
+            for key, array in _convert(tensor, name, architecture, config, dtype):
+                shard[key] = array
+                total += array.nbytes
+                if key.endswith(".scales"):
+                    modules[key.removesuffix(".scales")] = BITS[tensor.tensor_type.name]
+            if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
+                flush()
+        if progress:
+            progress(done + 1, len(tensors))
+    if shard:
+        flush()
+    weight_map = {}
+    for i, keys in enumerate(shards):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        (folder / f"part-{i}.safetensors").rename(folder / file)
+        weight_map |= dict.fromkeys(keys, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
+    return modules
+
+
+def _convert(
+    tensor: Any, name: str, architecture: Architecture, config: dict[str, Any], dtype: ImportDtype
+) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of one tensor: itself, or weight, scales and biases."""
+    gguf = gguf_package()
+    kind = tensor.tensor_type.name
+    raw = tensor.data
+    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
+    part = tensor.name.split(".")[-2]
+    if architecture.interleaved_rope and part in heads:
+        raw = separate_rope(np.asarray(raw), heads[part])
+    if dtype == "keep" and kind in BITS:
+        try:
+            q, scale, bias = unpack_blocks(raw, kind)
+        except OverflowError:
+            pass  # a scale so large that its bias has no float16: dequantized below
+        else:
+            # A looked-up embedding has the type of its scales: float16 there would round what the matrix products do not.
+            wide = mx.float32 if part == "token_embd" else mx.float16
+            yield name, mx.array(pack_affine(q, BITS[kind]))
+            yield name.removesuffix("weight") + "scales", mx.array(scale).astype(wide)
+            yield name.removesuffix("weight") + "biases", mx.array(bias).astype(wide)
+            return
+    if kind == "BF16" and dtype == "keep":
+        array = mx.array(np.ascontiguousarray(raw).view(np.uint16)).view(mx.bfloat16)
+    else:
+        values = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
+        if kind == "F32" and architecture.norm_offset and name.endswith("norm.weight"):
+            values = values - 1.0
+        kept = mx.float32 if kind == "F32" else mx.float16
+        array = mx.array(values).astype(kept if dtype == "keep" else DTYPES[dtype])
+    mx.eval(array)
+    yield name, array
