@@ -9,11 +9,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mlx_dpo.errors import RunError
 
 LOCK = ".lock"
+PART = ".part"
 
 
 class RunFolder:
@@ -42,16 +43,16 @@ class RunFolder:
 
     def append_metrics(self, metrics: dict[str, Any]) -> None:
         """Adds a line to `metrics.jsonl`."""
-        with self.metrics.open("a") as stream:
+        with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
     def keep_metrics_until(self, step: int) -> None:
         """Drops the lines after `step`, which a resumed run will write again."""
         if not self.metrics.exists():
             return
-        lines = [line for line in self.metrics.read_text().splitlines() if _step(line) <= step]
+        lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
         with written_whole(self.metrics) as beside:
-            beside.write_text("".join(line + "\n" for line in lines))
+            beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager
@@ -73,10 +74,10 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         raise RunError(f"nothing to resume in {path}", "leave --resume out to start a new run")
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK).open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RunError(f"another process is training into {path}", "wait for it, or name another --output") from error
+        if not _take(lock, path / LOCK):
+            raise RunError(f"another process is training into {path}", "wait for it, or name another --output")
+        for left in [*path.glob(f".*{PART}"), *(path / "checkpoints").glob(f".*{PART}")]:
+            _remove(left)  # what a killed process was writing
         try:
             yield RunFolder(path)
         finally:
@@ -89,25 +90,48 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
 def written_whole(target: Path) -> Iterator[Path]:
     """A path to write a file or a folder to; it becomes `target` by a rename once the `with` ends well.
 
-    A name without suffix is a folder, made here. On an error nothing of it is left, and `target` is as it was.
+    Where the name has no suffix a folder is made; where it has one the caller makes file or folder. On an error nothing
+    of it is left, and `target` is as it was.
     """
-    beside = target.with_name(f".{target.name}.{os.getpid()}.part")
+    beside = target.with_name(f".{target.name}.{os.getpid()}{PART}")
     target.parent.mkdir(parents=True, exist_ok=True)
     if not target.suffix:
         beside.mkdir()
     try:
         yield beside
-        for file in [beside] if beside.is_file() else [entry for entry in beside.rglob("*") if entry.is_file()]:
-            with file.open("rb") as stream:
-                os.fsync(stream.fileno())
+        for written in [beside, *beside.rglob("*")]:
+            _sync(written)
         if target.is_dir():
-            shutil.rmtree(target)
+            _remove(target)  # a folder cannot be renamed over one that holds something
         beside.replace(target)
+        _sync(target.parent)
     finally:
-        if beside.is_dir():
-            shutil.rmtree(beside)
-        else:
-            beside.unlink(missing_ok=True)
+        _remove(beside)
+
+
+def _take(lock: IO[str], name: Path) -> bool:
+    """Whether the lock was free and is ours now; not so if its last holder removed the file after we opened it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.path.samestat(os.fstat(lock.fileno()), name.stat())
+    except OSError:
+        return False
+
+
+def _sync(path: Path) -> None:
+    """Sees to it that a file or a folder's list of names is on the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _step(line: str) -> int:
