@@ -59,9 +59,7 @@ def fetch_demo_model(
             try:
                 fetch(made, dtype)
                 break
-            except (
-                Exception
-            ) as error:  # whatever keeps one source from answering, the other is tried and the reason is said
+            except Exception as error:  # whatever one source fails with, the other is tried and the reason is said
                 reasons.append(f"{source}: {str(error).strip() or type(error).__name__}")
                 say(f"No answer from {reasons[-1]}")
         else:

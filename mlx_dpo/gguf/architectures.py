@@ -1,6 +1,6 @@
-"""The architectures that go into and come out of GGUF: names of tensors and settings, and what differs in the numbers.
+"""The architectures that go into and out of GGUF: names of tensors and settings, and what differs in the numbers.
 
-Adding one is an entry in `ARCHITECTURES`. Facts are those of llama.cpp's loader (src/llama-model.cpp) and its converter.
+Adding one is an entry in `ARCHITECTURES`. Facts are those of llama.cpp's loader (src/llama-model.cpp) and converter.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def model_type_of(gguf_architecture: str) -> str | None:
 
 
 def to_mlx_name(architecture: Architecture, name: str) -> str | None:
-    """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; None for a tensor the model has no place for."""
+    """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; None for what the model has no place for."""
     stem, _, kind = name.rpartition(".")
     if kind not in ("weight", "bias"):
         return None

@@ -1,7 +1,7 @@
 """ggml's blocks of 32 quantized weights and MLX's affine groups of 32: the same numbers in two layouts.
 
-A weight is `scale · q + bias` in MLX with unsigned q. ggml's `_1` blocks store a scale d and a minimum m: scale = d, bias = m.
-Its `_0` blocks store d alone and centre q: bias = −2^(bits−1) · d, exact in float16 because it is a power of two.
+A weight is `scale · q + bias` in MLX with unsigned q. ggml's `_1` blocks store a scale d and a minimum m: scale = d and
+bias = m. Its `_0` blocks store d alone and centre q: bias = -2^(bits - 1) · d, exact in float16: a power of two.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ BITS = {"Q4_0": 4, "Q4_1": 4, "Q5_0": 5, "Q5_1": 5, "Q8_0": 8}
 def unpack_blocks(raw: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Take ggml blocks apart.
 
-    `raw` is uint8 `[..., bytes of a row]` of `kind`, a key of `BITS`. Returns q uint8 `[..., columns]`, unsigned, and scale and
-    bias float16 `[..., columns / 32]`. Raises OverflowError where a bias has no float16.
+    `raw` is uint8 `[..., bytes of a row]` of `kind`, a key of `BITS`. Returns q uint8 `[..., columns]`, unsigned, and
+    scale and bias float16 `[..., columns / 32]`. Raises OverflowError where a bias has no float16.
     """
     bits = BITS[kind]
     size = 2 * (1 if kind.endswith("_0") else 2) + {4: 16, 5: 20, 8: 32}[bits]
@@ -45,7 +45,7 @@ def unpack_blocks(raw: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, n
 
 
 def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned `q` uint8 `[..., columns]` as MLX packs it: `bits` bits each, lowest first, in uint32 `[..., columns·bits/32]`."""
+    """Unsigned `q` uint8 `[..., columns]` as MLX packs it: lowest bits first, in uint32 `[..., columns · bits / 32]`."""
     rows = q.reshape(-1, q.shape[-1])
     if bits == 8:
         packed = rows
@@ -58,7 +58,7 @@ def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
 
 
 def interleave_rope(rows: Any, heads: int) -> Any:
-    """Rows of a query or key matrix (or bias) `[heads · head_dim, ...]` from halves (Hugging Face) to neighbours (ggml)."""
+    """Rows `[heads · head_dim, ...]` of a query or key matrix from halves (Hugging Face) to neighbours (ggml)."""
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 

@@ -16,8 +16,8 @@ LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_ma
 def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of config.json.
 
-    `fields` are the file's settings by key, `tensors` its tensors by name. Raises ModelError that lists every setting that is
-    missing, or for a RoPE scaling that mlx-lm's model of this type cannot do.
+    `fields` are the file's settings by key, `tensors` its tensors by name. Raises ModelError that lists every setting
+    that is missing, or for a RoPE scaling that mlx-lm's model of this type cannot do.
     """
     architecture = ARCHITECTURES[model_type]
     prefix = architecture.gguf
@@ -27,7 +27,7 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
         if f"{prefix}.{name}" in fields
     }
     config: dict[str, Any] = {"model_type": model_type, "architectures": [architecture.model_class]}
-    config |= architecture.constants | found
+    config |= {**architecture.constants, **found}
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
     missing = [f"{prefix}.{name}" for name, key in architecture.settings.items() if key in needed and key not in found]
     if missing:
@@ -69,7 +69,7 @@ def _rope_scaling(
             "rope_type": "longrope",
             "long_factor": tensors["rope_factors_long.weight"].data.tolist(),
             "short_factor": tensors["rope_factors_short.weight"].data.tolist(),
-            "original_max_position_embeddings": int(original),
+            "original_max_position_embeddings": original,
         }
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(config, np.asarray(tensors["rope_freqs.weight"].data))
@@ -87,9 +87,9 @@ def _rope_scaling(
 
 
 def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
-    """What each of `[head_dim / 2]` rotary frequencies is divided by under Llama 3's scaling (the tensor `rope_freqs`).
+    """What each of `[head_dim / 2]` rotary frequencies is divided by in Llama 3's scaling (the tensor `rope_freqs`).
 
-    Wavelengths beyond original/low are stretched by `factor`, those below original/high stay, those between are blended.
+    Wavelengths beyond original/low are stretched by `factor`, those below original/high stay, the rest are blended.
     """
     wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]

@@ -1,4 +1,4 @@
-"""How text is cut into words before byte-pair merging: llama.cpp's names (`tokenizer.ggml.pre`) and what each stands for.
+"""How text is cut into words before byte-pair merging: llama.cpp's names (`tokenizer.ggml.pre`) and their meaning.
 
 Adding one is an entry in `PRETOKENIZERS`; the expressions are those of the models' own tokenizer.json.
 """

@@ -50,10 +50,11 @@ def import_gguf(
 ) -> ImportReport:
     """Turn a GGUF file into a folder that mlx-lm loads.
 
-    `keep` leaves Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 tensors as they are (MLX affine quantization in groups of 32, the same numbers),
-    F32, F16 and BF16 too; other quantized tensors are dequantized to float16. The other choices dequantize everything.
-    The folder appears whole or not at all. Raises ModelError for a file that cannot be read, an architecture or a tokenizer that
-    is not in the tables, and an output folder that exists; MlxDpoError when the `gguf` package is missing.
+    `keep` leaves Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 tensors as they are (MLX affine quantization in groups of 32, the same
+    numbers), F32, F16 and BF16 too; other quantized tensors are dequantized to float16. The other choices dequantize
+    everything. The folder appears whole or not at all. Raises ModelError for a file that cannot be read, an
+    architecture or a tokenizer that is not in the tables, and an output folder that exists; MlxDpoError when the
+    `gguf` package is missing.
     """
     path, folder = Path(gguf_path), Path(output_folder)
     if folder.exists():
@@ -158,7 +159,7 @@ def _write_weights(
             progress(done + 1, len(tensors))
     if shard:
         flush()
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         (folder / f"part-{i}.safetensors").rename(folder / file)
@@ -185,7 +186,7 @@ def _convert(
         except OverflowError:
             pass  # a scale so large that its bias has no float16: dequantized below
         else:
-            # A looked-up embedding has the type of its scales: float16 there would round what the matrix products do not.
+            # A looked-up embedding has the type of its scales: float16 would round there what matrix products do not.
             wide = mx.float32 if part == "token_embd" else mx.float16
             yield name, mx.array(pack_affine(q, BITS[kind]))
             yield name.removesuffix("weight") + "scales", mx.array(scale).astype(wide)

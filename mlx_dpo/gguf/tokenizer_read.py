@@ -69,7 +69,7 @@ def _byte_level(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     cut = pretokenizer_named(name)
     if cut is None:
         raise ModelError(
-            f"The file's pre-tokenizer {name!r} (tokenizer.ggml.pre) is unknown here; a wrong one would cut words wrongly.",
+            f"The file's pre-tokenizer {name!r} (tokenizer.ggml.pre) is unknown here; another would cut words wrongly.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
     model = _bpe_model(fields) | {
@@ -143,8 +143,8 @@ def _byte_fallback(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
 def merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
     """Merges, best first, that byte-pair encoding needs to do what sentencepiece does with scores.
 
-    A merge makes a piece of two pieces of the vocabulary; it is as good as the piece's score, and between merges that make the
-    same piece the one of earlier pieces is first.
+    A merge makes a piece of two pieces of the vocabulary; it is as good as the piece's score, and between merges that
+    make the same piece the one of earlier pieces is first.
     """
     merges = []
     for piece in sorted(vocab, key=lambda piece: (-scores[piece], vocab[piece])):
