@@ -45,33 +45,39 @@ def batch_metrics(
     - entropy: mean over completion tokens, nats; logits/chosen, logits/rejected: mean over tokens of the mean logit;
       mean_token_accuracy: share of chosen tokens that are the argmax. Each only where `policy` has what it is made of.
     """
+    # What is counted is counted once: mx.compile of value_and_grad fails on two outputs of the same expression.
     chosen, rejected = roles(rank, label)
     answers = (rank > 0).astype(mask.dtype)
     tokens = mask * answers[..., None]
+    token_count = tokens.sum()
     rows = mx.array(float(rank.shape[0]))
-    sums = {"loss": Mean(output.loss * rows, rows)}
-    sides = {"chosen": chosen, "rejected": rejected} if kind != "demonstration" else {"chosen": chosen}
+    sums = {"loss": Mean(mx.stop_gradient(output.loss) * rows, rows)}
+    sides = {"chosen": chosen} if kind == "demonstration" else {"chosen": chosen, "rejected": rejected}
     for side, share in sides.items():
-        sums[f"logps/{side}"] = _mean(output.logps, share)
+        count = share.sum()
+        side_tokens = mask * share[..., None]
+        side_token_count = side_tokens.sum()
+        sums[f"logps/{side}"] = Mean((output.logps * share).sum(), count)
         if output.rewards is not None:
-            sums[f"rewards/{side}"] = _mean(output.rewards, share)
+            sums[f"rewards/{side}"] = Mean((output.rewards * share).sum(), count)
         if policy.mean_logit is not None:
-            sums[f"logits/{side}"] = _mean(policy.mean_logit, mask * share[..., None])
+            sums[f"logits/{side}"] = Mean((policy.mean_logit * side_tokens).sum(), side_token_count)
+        if policy.correct is not None and side == "chosen":
+            sums["mean_token_accuracy"] = Mean((policy.correct * side_tokens).sum(), side_token_count)
     if output.rewards is not None and kind in ("pair", "ranking"):
         sums["rewards/accuracies"] = ranked_accuracy(output.rewards, rank)
     if output.rewards is not None and kind == "ranking":
-        sums["rewards/kendall_tau"] = _mean(*kendall_tau(output.rewards, rank))
+        tau, defined = kendall_tau(output.rewards, rank)
+        sums["rewards/kendall_tau"] = Mean(tau.sum(), defined.sum())
     if policy.entropy is not None:
-        sums["entropy"] = _mean(policy.entropy, tokens)
-    if policy.correct is not None:
-        sums["mean_token_accuracy"] = _mean(policy.correct, mask * chosen[..., None])
+        sums["entropy"] = Mean((policy.entropy * tokens).sum(), token_count)
     if output.kl is not None:
         sums["kl"] = Mean(output.kl * rows, rows)
     if reference is not None:
-        drift = kl_estimate(policy.logps - reference, "k2") * tokens
-        sums["kl/sequence"] = Mean(drift.sum(), answers.sum())
-        sums["kl/token"] = Mean(drift.sum(), tokens.sum())
-    return {name: Mean(mx.stop_gradient(mean.total), mx.stop_gradient(mean.number)) for name, mean in sums.items()}
+        drift = (kl_estimate(mx.stop_gradient(policy.logps) - reference, "k2") * tokens).sum()
+        sums["kl/sequence"] = Mean(drift, answers.sum())
+        sums["kl/token"] = Mean(drift, token_count)
+    return sums
 
 
 def averages(parts: Iterable[Sums]) -> dict[str, float]:
@@ -167,10 +173,6 @@ def wilson_interval(successes: float, n: float) -> tuple[float, float]:
     spread = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-def _mean(values: mx.array, share: mx.array) -> Mean:
-    return Mean((values * share).sum(), share.sum())
 
 
 def _better(rank: mx.array) -> mx.array:

@@ -7,8 +7,7 @@ import mlx.core as mx
 from mlx_dpo.arrays import LossOutput, TokenLogps
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses.mix import Term, parse_mix
-from mlx_dpo.losses.unpaired import kl_estimate
-from mlx_dpo.losses.views import VIEWS, Answers, Unpaired
+from mlx_dpo.losses.views import VIEWS, Answers, Unpaired, sequence_logps
 
 
 def compute_loss(
@@ -19,21 +18,28 @@ def compute_loss(
     label: mx.array | None,
     config: LossConfig,
 ) -> LossOutput:
-    """The loss of R rows with K answers of up to C tokens, and what the metrics need; see `Kind` for what the K answers
-    are.
+    """The loss of R rows with K answers of up to C tokens, and what the metrics need.
 
-    `policy`: log-probs under the policy, [R, K, C], in which the loss is differentiable. `reference`: log-probs under
-    π_ref, [R, K, C]; None for a loss without reference, or for reference-free DPO. `mask` [R, K, C]: 1 on completion
-    tokens, float. `rank` [R, K], float. `label` [R], float, of unpaired rows; else None.
+    - `policy`: log-probs under the policy, [R, K, C]; the loss is differentiable in `policy.logps`.
+    - `reference`: log-probs under π_ref, [R, K, C]; None for a loss without one, and for reference-free DPO.
+    - `mask` [R, K, C]: 1 on completion tokens; `rank` [R, K]; `label` [R] of unpaired rows, else None; all float.
+      `Kind` says what a row's K answers are.
 
-    loss = Σ_i weight_i · mean over rows of loss_i, TRL's mean over a micro-batch. Works inside `mx.compile` and
-    `nn.value_and_grad`; the config is static. An option that no loss of the mix reads has no effect here;
-    `check_loss_config` is what refuses it.
+    loss = Σ_i weight_i · mean over rows of loss_i, TRL's mean over a micro-batch. An option that no loss of the mix
+    reads has no effect here; `check_loss_config` is what refuses it. Works inside `mx.compile` and `nn.value_and_grad`.
     Raises ValueError when the batch lacks what the loss needs: a second answer, a label, `log_sum_p2` for WPO.
     """
     terms = parse_mix(config.type)
     base = mx.zeros_like(policy.logps) if reference is None else reference
-    answers = Answers(tokens=policy.logps, reference_tokens=base, mask=mask, rank=rank, label=label)
+    answers = Answers(
+        tokens=policy.logps,
+        mask=mask,
+        logps=sequence_logps(policy.logps, mask, config),
+        reference_logps=sequence_logps(base, mask, config),
+        length=mx.maximum(mask.sum(axis=-1), 1.0),
+        rank=rank,
+        label=label,
+    )
     loss, kl = mx.array(0.0, dtype=policy.logps.dtype), None
     for term in terms:
         view = VIEWS[term.spec.kind](answers, config)
@@ -41,15 +47,10 @@ def compute_loss(
         if config.use_weighting and "use_weighting" in term.spec.options:
             rows = rows * wpo_weights(policy, answers)
         loss = loss + term.weight * rows.mean()
-        if isinstance(view, Unpaired) and view.mismatched_log_ratio is not None:
-            kl = kl_estimate(view)
-    logps = mx.stop_gradient(answers.logps(config))
-    preference = _preference_term(terms)
-    rewards = None
-    if preference is not None or reference is not None:
-        reward = (preference or terms[0]).spec.reward
-        rewards = reward(logps, answers.reference_logps(config), answers.lengths(), config)
-    return LossOutput(loss=loss, logps=logps, rewards=rewards, kl=kl)
+        if isinstance(view, Unpaired):
+            kl = view.kl
+    logps = mx.stop_gradient(answers.logps)
+    return LossOutput(loss=loss, logps=logps, rewards=_rewards(terms, logps, answers, reference, config), kl=kl)
 
 
 def wpo_weights(policy: TokenLogps, answers: Answers) -> mx.array:
@@ -60,10 +61,15 @@ def wpo_weights(policy: TokenLogps, answers: Answers) -> mx.array:
     """
     if policy.log_sum_p2 is None:
         raise ValueError("use_weighting needs the log-probs' log_sum_p2")
-    aligned = ((policy.logps - policy.log_sum_p2) * answers.mask).sum(axis=-1) / answers.lengths()
+    aligned = ((policy.logps - policy.log_sum_p2) * answers.mask).sum(axis=-1) / answers.length
     return mx.stop_gradient(mx.exp(aligned.sum(axis=-1)))
 
 
-def _preference_term(terms: tuple[Term, ...]) -> Term | None:
-    """The term whose reward the metrics show: the first that is more than imitation."""
-    return next((term for term in terms if term.spec.kind != "demonstration"), None)
+def _rewards(
+    terms: tuple[Term, ...], logps: mx.array, answers: Answers, reference: mx.array | None, config: LossConfig
+) -> mx.array | None:
+    """The rewards [R, K] of the first loss that is more than imitation; imitation has them by a reference alone."""
+    preferences = [term for term in terms if term.spec.kind != "demonstration"]
+    if not preferences and reference is None:
+        return None
+    return (preferences or terms)[0].spec.reward(logps, answers.reference_logps, answers.length, config)

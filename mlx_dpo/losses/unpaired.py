@@ -12,15 +12,16 @@ from mlx_dpo.losses.views import Unpaired
 def kto(rows: Unpaired, config: LossConfig) -> mx.array:
     """KTO: how much a person gains or loses by an answer, measured from what the policy usually gives.
 
-    λ_D (1 - σ(r - βz)) for a good answer, λ_U (1 - σ(βz - r)) for a bad one, with r = β lr, z of `kl_estimate`,
+    λ_D (1 - σ(r - βz)) for a good answer, λ_U (1 - σ(βz - r)) for a bad one, with r = β lr, z of `mismatched_kl`,
     λ_D = `desirable_weight`, λ_U = `undesirable_weight`. z is shared by the micro-batch, so micro-batches do not add up
     to a large batch; the larger they are, the better z is known.
     Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7.
 
     Example: r = 1, z = 0, λ = 1, good: 1 - σ(1) = 0.2689.
     """
-    weight = mx.where(rows.label > 0, config.desirable_weight, config.undesirable_weight)
-    return weight * mx.sigmoid(-rows.label * config.beta * (rows.log_ratio - kl_estimate(rows)))
+    if rows.kl is None:
+        raise ValueError("kto needs a mismatched completion as each row's second answer")
+    return _weight(rows, config) * mx.sigmoid(-rows.label * config.beta * (rows.log_ratio - rows.kl))
 
 
 def apo_zero_unpaired(rows: Unpaired, config: LossConfig) -> mx.array:
@@ -31,15 +32,8 @@ def apo_zero_unpaired(rows: Unpaired, config: LossConfig) -> mx.array:
 
     Example: r = 1, bad, λ_U = 2: 2 σ(1) = 1.4621.
     """
-    weight = mx.where(rows.label > 0, config.desirable_weight, config.undesirable_weight)
-    return weight * mx.sigmoid(-rows.label * config.beta * rows.log_ratio)
+    return _weight(rows, config) * mx.sigmoid(-rows.label * config.beta * rows.log_ratio)
 
 
-def kl_estimate(rows: Unpaired) -> mx.array:
-    """KTO's z = max(0, mean of lr(y'|x)), [] in nats and without gradient, where y' is another row's completion.
-
-    Why another row's: with y' = y each row would be measured from itself. Raises ValueError when the batch has none.
-    """
-    if rows.mismatched_log_ratio is None:
-        raise ValueError("kto needs a mismatched completion as each row's second answer")
-    return mx.stop_gradient(mx.maximum(rows.mismatched_log_ratio.mean(), 0.0))
+def _weight(rows: Unpaired, config: LossConfig) -> mx.array:
+    return mx.where(rows.label > 0, config.desirable_weight, config.undesirable_weight)

@@ -59,7 +59,7 @@ class Unpaired(NamedTuple):
 
     log_ratio: mx.array  # log π(y|x) - log π_ref(y|x)
     label: mx.array  # +1 good, -1 bad
-    mismatched_log_ratio: mx.array | None  # the same of another row's completion y'; None where the batch has none
+    kl: mx.array | None  # [] `mismatched_kl`; None where the batch has no mismatched completions
 
 
 class Demonstrations(NamedTuple):
@@ -82,34 +82,28 @@ def token_weights(mask: mx.array, ld_alpha: float | None) -> mx.array:
 
 
 class Answers(NamedTuple):
-    """R rows of K answers of up to C tokens, as the log-prob stage gives them; every view is made of this."""
+    """R rows of K answers of up to C tokens with all that a view is made of."""
 
     tokens: mx.array  # [R, K, C] log π of each token
-    reference_tokens: mx.array  # [R, K, C] log π_ref of each token; zeros without a reference
     mask: mx.array  # [R, K, C] 1 on completion tokens
+    logps: mx.array  # [R, K] log π(y|x), with LD-DPO's weights where the config asks for them
+    reference_logps: mx.array  # [R, K] log π_ref(y|x), weighted alike; zeros without a reference
+    length: mx.array  # [R, K] completion tokens, at least 1 so that an absent answer divides by no zero
     rank: mx.array  # [R, K]
     label: mx.array | None  # [R]
 
-    def logps(self, config: LossConfig) -> mx.array:
-        """log π(y|x) [R, K], with LD-DPO's weights where the config asks for them."""
-        return (self.tokens * token_weights(self.mask, config.ld_alpha)).sum(axis=-1)
 
-    def reference_logps(self, config: LossConfig) -> mx.array:
-        """log π_ref(y|x) [R, K], weighted alike."""
-        return (self.reference_tokens * token_weights(self.mask, config.ld_alpha)).sum(axis=-1)
-
-    def lengths(self) -> mx.array:
-        """Completion tokens [R, K], at least 1 so that an absent answer divides by no zero."""
-        return mx.maximum(self.mask.sum(axis=-1), 1.0)
+def sequence_logps(tokens: mx.array, mask: mx.array, config: LossConfig) -> mx.array:
+    """log π(y|x) [R, K]: the sum of the tokens' log-probs [R, K, C], with LD-DPO's weights where they are asked for."""
+    return (tokens * token_weights(mask, config.ld_alpha)).sum(axis=-1)
 
 
 def pairs(answers: Answers, config: LossConfig) -> Pairs:
     """The view of a pair batch, K = 2 with the chosen answer first."""
     if answers.mask.shape[1] != 2:
         raise ValueError(f"{config.type} compares two answers a row, and the batch has {answers.mask.shape[1]}")
-    logps, reference = answers.logps(config), answers.reference_logps(config)
+    logps, reference, length = answers.logps, answers.reference_logps, answers.length
     scores = score(logps - reference, config.f_divergence_type, config.f_alpha_divergence_coef)
-    length = answers.lengths()
     return Pairs(
         policy_chosen=logps[:, 0],
         policy_rejected=logps[:, 1],
@@ -126,26 +120,35 @@ def pairs(answers: Answers, config: LossConfig) -> Pairs:
 
 def rankings(answers: Answers, config: LossConfig) -> Rankings:
     """The view of a batch of rankings, K ≥ 2."""
-    return Rankings(log_ratio=answers.logps(config) - answers.reference_logps(config), rank=answers.rank)
+    return Rankings(log_ratio=answers.logps - answers.reference_logps, rank=answers.rank)
 
 
 def unpaired(answers: Answers, config: LossConfig) -> Unpaired:
-    """The view of a batch of judged completions: answer 0 is judged, answer 1, where there is one, is another row's."""
+    """The view of a batch of judged completions: answer 0 is judged; answer 1, where there is one, is another row's."""
     if answers.label is None:
         raise ValueError(f"{config.type} needs a label for every row")
-    log_ratio = answers.logps(config) - answers.reference_logps(config)
+    log_ratio = answers.logps - answers.reference_logps
     return Unpaired(
         log_ratio=log_ratio[:, 0],
         label=answers.label,
-        mismatched_log_ratio=log_ratio[:, 1] if answers.mask.shape[1] > 1 else None,
+        kl=mismatched_kl(log_ratio[:, 1]) if answers.mask.shape[1] > 1 else None,
     )
+
+
+def mismatched_kl(log_ratio: mx.array) -> mx.array:
+    """KTO's z: max(0, mean of log π(y'|x) - log π_ref(y'|x)), [] in nats and without gradient, from its terms [R].
+
+    Each y' is another row's completion; with the row's own, it would be measured from itself.
+    Ethayarajh et al. 2024 (arXiv 2402.01306), section 4.1.
+    """
+    return mx.stop_gradient(mx.maximum(log_ratio.mean(), 0.0))
 
 
 def demonstrations(answers: Answers, config: LossConfig) -> Demonstrations:
     """The view of answer 0 alone: the demonstration, the chosen or the best answer."""
     return Demonstrations(
         policy=(answers.tokens[:, 0] * answers.mask[:, 0]).sum(axis=-1),
-        length=answers.lengths()[:, 0],
+        length=answers.length[:, 0],
     )
 
 
