@@ -218,11 +218,10 @@ def _shared_folder(name: str) -> Path:
 def demo_model() -> Path:
     """The folder of SmolLM2-135M-Instruct in float32, from the user's own cache or downloaded into it."""
     from mlx_dpo.demo_model import fetch_demo_model
-
     from mlx_dpo.errors import MlxDpoError
 
     try:
-        return fetch_demo_model()
+        return fetch_demo_model("float32")
     except MlxDpoError as error:
         pytest.skip(f"the real small model cannot be had: {error.message}")
 
