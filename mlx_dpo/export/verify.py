@@ -1,0 +1,161 @@
+"""Every export held against what was trained: log-probs of the same rows, token by token, and with the adapter off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+
+import numpy as np
+
+from mlx_dpo import lora
+from mlx_dpo.config import DataConfig, ModelConfig, SpeedConfig
+from mlx_dpo.data.load import load_records
+from mlx_dpo.encode import TokenizedRow, encode_records
+from mlx_dpo.errors import ModelError
+from mlx_dpo.evaluate import score_rows
+from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.logprobs import Scorer
+from mlx_dpo.model import load
+from mlx_dpo.reference import Reference
+
+EXACT = 1e-3
+"""Largest difference of a token's log-prob, in nats, that float32 on two ways to the same numbers explains."""
+
+DROWNED = 0.5
+"""Where weights were rounded: how large the error may be beside the adapter's own effect before the check fails."""
+
+Runtime = Callable[[Sequence[TokenizedRow]], Reference]
+"""Token log-probs of rows as another runtime computes them."""
+
+
+@dataclass(frozen=True)
+class Verified:
+    """How far an export is from what was trained; all of log-probs of `tokens` scored tokens, in nats.
+
+    `largest` and `error` are the largest and the root-mean-square difference between export and trained model, `effect`
+    the root-mean-square difference that the adapter makes, `off` that between export and base. An exact export has
+    `largest` within `tolerance`; a rounded one (`tolerance` None) an error well below the effect. `accuracy` is the
+    share of pairs that the export ranks right by its margin over the base, `trained_accuracy` the same of what was
+    trained; None without pairs. `kl` estimates KL(trained ‖ exported) per token (k2 on the rows' answers).
+    """
+
+    runtime: str
+    rows: int
+    tokens: int
+    largest: float
+    error: float
+    effect: float
+    off: float
+    tolerance: float | None
+    kl: float
+    accuracy: float | None
+    trained_accuracy: float | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the export is the trained model, and not the base."""
+        close = self.error <= DROWNED * self.effect if self.tolerance is None else self.largest <= self.tolerance
+        return close and (self.error < self.off or not self.effect)
+
+
+def verify_folder(
+    trained: ModelConfig,
+    folder: Path,
+    *,
+    adapter: str | Path | None = None,
+    exact: bool,
+    data: DataConfig | None = None,
+    rows: int = 32,
+    on_event: OnEvent = ignore,
+) -> Verified:
+    """Holds an mlx-lm folder (with `adapter` on it, where the export is an adapter) against base + `trained.adapter`.
+
+    Raises:
+        ModelError: the folder cannot be loaded; or, if `exact`, it computes something else than was trained.
+    """
+    other = replace(trained, path=str(folder), revision=None, adapter=None, quantize_bits=None)
+
+    def run(tokenized: Sequence[TokenizedRow]) -> Reference:
+        loaded = load(other)
+        if adapter is not None:
+            lora.load(loaded.model, adapter)
+        return score_rows(Scorer(loaded.model, SpeedConfig(trunk=False)), tokenized, 8)
+
+    return verify(trained, "mlx-lm", run, tolerance=EXACT if exact else None, data=data, rows=rows, on_event=on_event)
+
+
+def verify(
+    trained: ModelConfig,
+    runtime: str,
+    run: Runtime,
+    *,
+    tolerance: float | None,
+    data: DataConfig | None = None,
+    rows: int = 32,
+    on_event: OnEvent = ignore,
+) -> Verified:
+    """Holds what `run` computes against base + `trained.adapter`, on the first `rows` of `data` or of the demo's rows.
+
+    Raises:
+        ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
+    """
+    on_event(Phase(f"checking in {runtime}", 0, 1, ""))
+    data = data or DataConfig(path=str(files("mlx_dpo") / "demo_data" / "test.jsonl"))
+    loaded = load(trained)
+    tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
+    speed = SpeedConfig(trunk=False)
+    off = score_rows(Scorer(loaded.model, speed), tokenized, 8)
+    if trained.adapter:
+        lora.load(loaded.model, trained.adapter)
+    on = score_rows(Scorer(loaded.model, speed), tokenized, 8)
+    del loaded  # the other runtime needs the room
+    found = compare(runtime, tokenized, off, on, run(tokenized), tolerance)
+    on_event(Phase(f"checking in {runtime}", 1, 1, ""))
+    if tolerance is not None and not found.holds:
+        raise ModelError(
+            f"the export is not what was trained: in {runtime} log-probs differ by up to {found.largest:.3g} nats from "
+            f"ours (tolerance {tolerance:g}), by {found.off:.3g} on average from the base; the adapter makes {found.effect:.3g}",
+            "nothing was kept of it; please report the model's architecture and the adapter's settings",
+        )
+    return found
+
+
+def compare(
+    runtime: str,
+    rows: Sequence[TokenizedRow],
+    off: Reference,
+    on: Reference,
+    exported: Reference,
+    tolerance: float | None,
+) -> Verified:
+    """The differences between three models' token log-probs of the same rows: base, trained, exported."""
+    base, trained, other = (
+        np.concatenate([v for row in part for v in row]).astype(np.float64) for part in (off, on, exported)
+    )
+    pairs = [i for i, row in enumerate(rows) if len(row.completions) == 2 and row.ranks[0] < row.ranks[1]]
+    return Verified(
+        runtime=runtime,
+        rows=len(rows),
+        tokens=len(base),
+        largest=float(np.abs(other - trained).max()),
+        error=_rms(other - trained),
+        effect=_rms(trained - base),
+        off=_rms(other - base),
+        tolerance=tolerance,
+        kl=float(np.mean((trained - other) ** 2) / 2),
+        accuracy=_accuracy(pairs, off, exported),
+        trained_accuracy=_accuracy(pairs, off, on),
+    )
+
+
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _accuracy(pairs: Sequence[int], off: Reference, model: Reference) -> float | None:
+    def gain(i: int, answer: int) -> float:
+        return float((model[i][answer].astype(np.float64) - off[i][answer]).sum())
+
+    return sum(gain(i, 0) > gain(i, 1) for i in pairs) / len(pairs) if pairs else None
