@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -13,7 +14,7 @@ from mlx_dpo.data.labels import CONVERSIONS
 from mlx_dpo.data.sources import SPLITS, Row, json_type, no_split, one_split, read_splits
 from mlx_dpo.errors import DataError, UsageError
 from mlx_dpo.events import OnEvent, Warned, ignore
-from mlx_dpo.records import Context, Record, kind_of
+from mlx_dpo.records import KINDS, Context, Record, kind_of
 
 NAMED_ERRORS = 10  # bad rows of a file that are named one by one; the rest are counted
 
@@ -40,7 +41,7 @@ def load_records(
     Raises:
         DataError: the source cannot be read, or rows of it cannot be used; all of them in one error.
     """
-    return _records(one_split(source, split), kind, on_event)
+    return _of_kind(_parsed(one_split(source, split), parse_row), kind, on_event)
 
 
 def load_prompts(source: str | Path, *, split: str = "train") -> list[Context]:
@@ -73,7 +74,9 @@ def load_splits(
     rows = read_splits(source)
     if "train" not in rows:
         raise no_split(source, "train", rows)
-    train, valid, test = (_records(rows[name], kind, on_event) if name in rows else [] for name in SPLITS)
+    parsed = iter(_parsed([row for there in rows.values() for row in there], parse_row))
+    records = {name: _of_kind(list(islice(parsed, len(there))), kind, on_event) for name, there in rows.items()}
+    train, valid, test = (records.get(name, []) for name in SPLITS)
     if "valid" not in rows:
         train, valid = hold_out(train, valid_fraction, seed)
     return Splits(train, valid, test)
@@ -124,20 +127,22 @@ def _parsed(rows: Sequence[Row], parse: Callable[[Mapping[str, Any], str], Parse
     return parsed
 
 
-def _records(rows: Sequence[Row], kind: str | None, on_event: OnEvent) -> list[Record]:
-    """Rows as records of one kind."""
-    parsed = _parsed(rows, parse_row)
+def _of_kind(parsed: Sequence[tuple[Row, Record]], kind: str | None, on_event: OnEvent) -> list[Record]:
+    """The records of a split, all of one kind: of `kind`, or of whichever it is."""
+    if kind is not None and kind not in KINDS:
+        raise UsageError(f'there is no kind of records "{kind}"', f"One of {', '.join(KINDS)}.")
+    file = parsed[0][0].file
     places: dict[str, list[Row]] = {}
     for row, record in parsed:
         places.setdefault(kind_of(record), []).append(row)
     if kind is None and len(places) > 1:
         raise DataError(
-            f"{rows[0].file} mixes kinds of rows: {_listed(places)}", "Split the file, or ask for one of the kinds."
+            f"{file} mixes kinds of rows: {_listed(places)}", "Split the file, or ask for one of the kinds."
         )
     strangers = {found: there for found, there in places.items() if kind not in (None, found)}
     hopeless = {found: there for found, there in strangers.items() if (found, kind) not in CONVERSIONS}
     if hopeless:
-        raise DataError(f"{rows[0].file}: {kind} rows are needed, but there are {_listed(hopeless)}", accepted_shapes())
+        raise DataError(f"{file}: {kind} rows are needed, but there are {_listed(hopeless)}", accepted_shapes())
     records: list[Record] = []
     empty = 0
     for _, record in parsed:
@@ -146,9 +151,9 @@ def _records(rows: Sequence[Row], kind: str | None, on_event: OnEvent) -> list[R
         records.extend(converted)
         empty += not converted
     if empty:
-        on_event(Warned(f"{rows[0].file}: {empty} of {len(parsed)} rows give no {kind} row ({_why_empty(strangers)})"))
+        on_event(Warned(f"{file}: {empty} of {len(parsed)} rows give no {kind} row ({_why_empty(strangers)})"))
     if not records:
-        raise DataError(f"{rows[0].file}: none of its {len(parsed)} rows gives a {kind} row ({_why_empty(strangers)})")
+        raise DataError(f"{file}: none of its {len(parsed)} rows gives a {kind} row ({_why_empty(strangers)})")
     return records
 
 
@@ -158,11 +163,11 @@ def _why_empty(converted: Iterable[str]) -> str:
 
 
 def _listed(places: Mapping[str, Sequence[Row]]) -> str:
-    """`pair (300 rows: line 1, line 2, line 3, …), ranking (line 7)`."""
+    """`300 pair rows (line 1, line 2, line 3, …), 1 ranking row (line 7)`."""
     listed = []
     for kind, rows in places.items():
         some = ", ".join(row.place for row in rows[:3]) + (", …" if len(rows) > 3 else "")
-        listed.append(f"{kind} ({len(rows)} {'row' if len(rows) == 1 else 'rows'}: {some})")
+        listed.append(f"{len(rows)} {kind} {'row' if len(rows) == 1 else 'rows'} ({some})")
     return ", ".join(listed)
 
 

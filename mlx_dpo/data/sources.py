@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterable, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -68,7 +69,7 @@ def read_splits(source: str | Path) -> dict[str, list[Row]]:
     """
     path = Path(source)
     if str(source) == "-":
-        rows = {"train": _text_rows(sys.stdin.buffer.read(), "standard input")}
+        rows = _json_rows(sys.stdin.buffer.read(), "standard input")
     elif path.is_dir():
         rows = _folder_rows(path)
     elif path.exists():
@@ -90,8 +91,11 @@ def _split_of(name: str) -> str | None:
 
 
 def _folder_rows(folder: Path) -> dict[str, list[Row]]:
-    """The rows of a folder's train, valid and test files, in one piece or in numbered ones (`train-00000-of-00002`)."""
-    files = sorted(path for path in folder.iterdir() if path.name.endswith(SUFFIXES))
+    """The rows of the train, valid and test files in a folder, or in its folder `data` as clones from the Hub have it.
+
+    A split may come in numbered files (`train-00000-of-00002.parquet`).
+    """
+    files = sorted(path for path in [*folder.iterdir(), *folder.glob("data/*")] if path.name.endswith(SUFFIXES))
     rows: dict[str, list[Row]] = {}
     for path in files:
         named = _FILE_NAME.fullmatch(path.name)
@@ -99,7 +103,7 @@ def _folder_rows(folder: Path) -> dict[str, list[Row]]:
         if split:
             rows.setdefault(split, []).extend(row for part in _file_rows(path).values() for row in part)
     if not rows:
-        there = ", ".join(path.name for path in files) or "no data file"
+        there = ", ".join(str(path.relative_to(folder)) for path in files) or "no data file"
         raise DataError(
             f"{folder} has neither a train file nor a valid or test one (there: {there})",
             f"Call one of them train, with {', '.join(SUFFIXES)}, or give the file itself instead of the folder.",
@@ -110,34 +114,38 @@ def _folder_rows(folder: Path) -> dict[str, list[Row]]:
 def _file_rows(path: Path) -> dict[str, list[Row]]:
     if path.name.endswith(".parquet"):
         return {"train": _parquet_rows(path)}
-    raw = path.read_bytes()
-    if path.name.endswith(".gz"):
-        try:
+    try:
+        raw = path.read_bytes()
+        if path.name.endswith(".gz"):
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
-            raise DataError(f"{path} cannot be unpacked: {error}") from None
-    if not raw.strip():
-        raise DataError(f"{path} is empty", accepted_shapes())
-    if ".json" in path.suffixes:
-        return _document_rows(raw, str(path))
-    return {"train": _text_rows(raw, str(path))}
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    return _json_rows(raw, str(path))
 
 
-def _text_rows(raw: bytes, file: str) -> list[Row]:
-    """The rows of JSON lines. Lines end at LF alone: strings may hold other separators, U+2028 for one."""
+def _json_rows(raw: bytes, file: str) -> dict[str, list[Row]]:
+    """The rows of JSON lines or of one JSON document, told apart by their beginning and by the file's name."""
     if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise DataError(f"{file} is UTF-16", "Save it as UTF-8.")
+    raw = raw.removeprefix(b"\xef\xbb\xbf")
+    if not raw.strip():
+        raise DataError(f"{file} is empty", accepted_shapes())
+    if raw.lstrip().startswith(b"[") or file.endswith((".json", ".json.gz")):
+        return _document_rows(raw, file)
+    return {"train": _line_rows(raw, file)}
+
+
+def _line_rows(raw: bytes, file: str) -> list[Row]:
+    """The rows of JSON lines. Lines end at LF alone: strings may hold other separators, U+2028 for one."""
     rows = []
-    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
+    for number, line in enumerate(raw.split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"line {number}"
         try:
             rows.append(Row(file, place, number, json.loads(line.decode())))
         except UnicodeDecodeError as error:
-            rows.append(
-                Row(file, place, number, error=f"not UTF-8: byte {error.start + 1} is 0x{line[error.start]:02x}")
-            )
+            rows.append(Row(file, place, number, error=_not_utf8(error)))
         except json.JSONDecodeError as error:
             rows.append(Row(file, place, number, error=f"broken JSON: {error.msg} (column {error.colno})"))
     return rows
@@ -149,24 +157,26 @@ def _document_rows(raw: bytes, file: str) -> dict[str, list[Row]]:
     Many a `.json` file holds JSON lines; it is read as such.
     """
     try:
-        document = json.loads(raw.removeprefix(b"\xef\xbb\xbf").decode())
-    except UnicodeDecodeError:
-        return {"train": _text_rows(raw, file)}
+        document = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{file}, line {line}: {_not_utf8(error)}", "Save it as UTF-8.") from None
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and raw.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"{"):
-            return {"train": _text_rows(raw, file)}
+        if error.msg == "Extra data" and raw.lstrip().startswith(b"{"):
+            return {"train": _line_rows(raw, file)}
         raise DataError(f"{file}, line {error.lineno}: broken JSON: {error.msg} (column {error.colno})") from None
+    if isinstance(document, dict):
+        splits = {split: key for key in document if (split := _split_of(key)) and isinstance(document[key], list)}
+        if splits:
+            return {split: _items(document[key], f"{file}, {key}") for split, key in splits.items()}
+        document = document["data"] if isinstance(document.get("data"), list) else [document]
     if isinstance(document, list):
         return {"train": _items(document, file)}
-    if isinstance(document, dict):
-        splits = {_split_of(key): items for key, items in document.items() if isinstance(items, list)}
-        named = {split: _items(items, f"{file}, {split}") for split, items in splits.items() if split}
-        if named:
-            return named
-        if isinstance(document.get("data"), list):
-            return {"train": _items(document["data"], file)}
-        return {"train": [Row(file, "line 1", 1, document)]}
     raise DataError(f"{file} holds {json_type(document)}, not rows", accepted_shapes())
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte {error.start + 1} is 0x{error.object[error.start]:02x}"
 
 
 def _items(items: Sequence[Any], file: str, word: str = "item") -> list[Row]:

@@ -1,0 +1,177 @@
+"""What people should know about their data before they train on it: counts and suspicions, from the texts alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from mlx_dpo.data.load import prompt_key
+from mlx_dpo.records import PreferencePair, Record, Text, Unpaired, kind_of
+
+LONGEST = 5  # rows that are named as the longest
+
+LENGTH_BIAS = 0.15  # how far from a half the share of longer chosen answers may be before it is worth a word
+
+_CONTROL = re.compile(r"<\|[a-z_]+\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """Facts about a data set. Rows are named by their ids, in the order of the data; lengths are in characters."""
+
+    rows: int
+    kinds: dict[str, int]
+    shapes: dict[str, int]  # rows by the shape they were written in (data/formats.py)
+    prompts: int  # different ones
+    judged_good: int  # unpaired rows with a true label
+    mean_prompt: float
+    mean_first: float  # first answers: the chosen, the best of a ranking, the only one
+    mean_last: float  # last answers: the rejected, the worst of a ranking, the only one
+    longer_chosen: float | None  # share of pairs whose chosen answer is the longer one, of those that differ in length
+    longest: tuple[tuple[str, int], ...]  # the longest rows: id and length of the prompt and its longest answer
+    duplicates: tuple[str, ...]  # say the same as an earlier row
+    contradictions: tuple[tuple[str, str], ...]  # prefer what the other row rejects, of the same two answers
+    identical: tuple[str, ...]  # chosen equals rejected: nothing to learn
+    nearly_identical: tuple[str, ...]  # chosen and rejected differ in whitespace only
+    empty: tuple[str, ...]  # an answer says nothing
+    parted_early: tuple[str, ...]  # chosen and rejected differ before their last answer
+    repeats_prompt: tuple[str, ...]  # every answer, a string, begins with the whole prompt
+    control_tokens: tuple[str, ...]  # a chat template's control tokens are typed into the text
+    shared_prompts: tuple[str, ...]  # have a prompt that is among the validation rows too
+
+    def warnings(self) -> list[str]:
+        """Sentences on what deserves a look; empty where nothing does."""
+        suspicions = (
+            (self.duplicates, "rows say the same as an earlier one"),
+            (
+                [first for first, _ in self.contradictions],
+                "rows are contradicted by another, which prefers the other answer",
+            ),
+            (self.identical, "pairs have the same text chosen and rejected: nothing to learn"),
+            (self.nearly_identical, "pairs differ in whitespace only"),
+            (self.empty, "rows have an empty answer"),
+            (self.parted_early, "pairs differ before their last answer: earlier turns are scored too"),
+            (self.repeats_prompt, "rows repeat their prompt in every answer: it would be read twice"),
+            (self.control_tokens, "rows have control tokens of a chat template typed into their text"),
+            (self.shared_prompts, "rows have a prompt that is among the validation rows too"),
+        )
+        said = [f"{len(ids)} of {self.rows} {what} ({_some(ids)})" for ids, what in suspicions if ids]
+        if self.longer_chosen is not None and abs(self.longer_chosen - 0.5) > LENGTH_BIAS:
+            way = "longer" if self.longer_chosen > 0.5 else "shorter"
+            share = max(self.longer_chosen, 1 - self.longer_chosen)
+            said.append(f"the chosen answer is the {way} one in {share:.0%} of the pairs: length alone may be learned")
+        return said
+
+
+def examine(records: Sequence[Record], valid: Sequence[Record] = ()) -> Report:
+    """Counts and suspicions about the records; with `valid`, the prompts that these share with them."""
+    many = [record for record in records if len(record.completions) > 1]
+    pairs = [record for record in many if isinstance(record, PreferencePair)]
+    longer = [
+        length(pair.chosen) > length(pair.rejected) for pair in pairs if length(pair.chosen) != length(pair.rejected)
+    ]
+    sizes = [length(record.prompt) + max(map(length, record.completions)) for record in records]
+    by_size = sorted(zip(records, sizes, strict=True), key=lambda item: -item[1])[:LONGEST]
+    held_out = {prompt_key(record) for record in valid}
+    keys = [prompt_key(record) for record in records]
+    return Report(
+        rows=len(records),
+        kinds=dict(Counter(map(kind_of, records))),
+        shapes=dict(Counter(record.shape for record in records)),
+        prompts=len(set(keys)),
+        judged_good=sum(isinstance(record, Unpaired) and record.label for record in records),
+        mean_prompt=_mean([length(record.prompt) for record in records]),
+        mean_first=_mean([length(record.completions[0]) for record in records]),
+        mean_last=_mean([length(record.completions[-1]) for record in records]),
+        longer_chosen=fmean(longer) if longer else None,
+        longest=tuple((record.id, size) for record, size in by_size),
+        duplicates=_duplicates(records),
+        contradictions=_contradictions(pairs),
+        identical=tuple(pair.id for pair in pairs if pair.chosen == pair.rejected),
+        nearly_identical=tuple(
+            pair.id
+            for pair in pairs
+            if pair.chosen != pair.rejected and _squeezed(pair.chosen) == _squeezed(pair.rejected)
+        ),
+        empty=tuple(record.id for record in records if not all(map(_says_something, record.completions))),
+        parted_early=tuple(
+            pair.id for pair in pairs if not (_is_one_answer(pair.chosen) and _is_one_answer(pair.rejected))
+        ),
+        repeats_prompt=tuple(record.id for record in records if _repeats_prompt(record)),
+        control_tokens=tuple(
+            record.id
+            for record in records
+            if any(map(_CONTROL.search, map(flat, (record.prompt, *record.completions))))
+        ),
+        shared_prompts=tuple(record.id for record, key in zip(records, keys, strict=True) if key in held_out),
+    )
+
+
+def flat(text: Text) -> str:
+    """A text as one string: what is said in its messages, tool calls as JSON."""
+    if isinstance(text, str):
+        return text
+    return "\n".join(
+        m["content"] + (json.dumps(m["tool_calls"], sort_keys=True) if m.get("tool_calls") else "") for m in text
+    )
+
+
+def length(text: Text) -> int:
+    """The characters of a text; in messages without the line breaks that `flat` puts between them."""
+    return len(flat(text)) if isinstance(text, str) else sum(len(flat((message,))) for message in text)
+
+
+def _mean(values: Sequence[int]) -> float:
+    return fmean(values) if values else 0.0
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
+
+
+def _squeezed(text: Text) -> str:
+    return "".join(flat(text).split())
+
+
+def _says_something(text: Text) -> bool:
+    return bool(flat(text).strip())
+
+
+def _is_one_answer(text: Text) -> bool:
+    return isinstance(text, str) or (len(text) == 1 and text[0]["role"] == "assistant")
+
+
+def _repeats_prompt(record: Record) -> bool:
+    prompt = record.prompt
+    return (
+        isinstance(prompt, str)
+        and prompt != ""
+        and all(isinstance(answer, str) and answer.startswith(prompt) for answer in record.completions)
+    )
+
+
+def _duplicates(records: Sequence[Record]) -> tuple[str, ...]:
+    seen: set[tuple[str, ...]] = set()
+    repeated = []
+    for record in records:
+        said = (kind_of(record), prompt_key(record), *map(flat, record.completions), str(getattr(record, "label", "")))
+        if said in seen:
+            repeated.append(record.id)
+        seen.add(said)
+    return tuple(repeated)
+
+
+def _contradictions(pairs: Sequence[PreferencePair]) -> tuple[tuple[str, str], ...]:
+    """Pairs of rows of which one prefers what the other rejects; each later row is named with the first against it."""
+    seen: dict[tuple[str, str, str], str] = {}
+    against = []
+    for pair in pairs:
+        prompt, chosen, rejected = prompt_key(pair), flat(pair.chosen), flat(pair.rejected)
+        if chosen != rejected and (prompt, rejected, chosen) in seen:
+            against.append((seen[prompt, rejected, chosen], pair.id))
+        seen.setdefault((prompt, chosen, rejected), pair.id)
+    return tuple(against)
