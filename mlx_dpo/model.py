@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -78,11 +81,13 @@ def load(config: ModelConfig) -> LoadedModel:
         model, settings = load_model(folder, lazy=True, trust_remote_code=config.trust_remote_code)
         wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
     except Exception as error:  # mlx-lm, transformers and model code raise of every kind: all mean an unreadable folder
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        hint = "--trust-remote-code runs code of the model's author" if "trust_remote_code" in str(error) else (
-            "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
+        said = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        hint = (
+            "--trust-remote-code runs code of the model's author"
+            if "trust_remote_code" in str(error)
+            else "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
         )
-        raise ModelError(f"cannot load the model in {folder}: {first}", hint) from error
+        raise ModelError(f"cannot load the model in {folder}: {said}", hint) from error
     form = _quantize_on_load(model, settings, config)
     form += "+" + _set_compute_dtype(model, config)
     model.freeze()
@@ -119,26 +124,41 @@ def _quantize_on_load(model: nn.Module, settings: dict[str, Any], config: ModelC
         return str(settings.get("quantization", "full"))
     if is_quantized(model):
         raise UsageError(f"--quantize-bits: {config.path} is quantized already", "leave the flag out")
+    asked = f"--quantize-bits {config.quantize_bits} --quantize-group-size {config.quantize_group_size}"
     try:
-        quantize_model(model, settings, config.quantize_group_size, config.quantize_bits)
+        with redirect_stdout(StringIO()):  # mlx-lm says there how many bits a weight takes
+            quantize_model(model, settings, config.quantize_group_size, config.quantize_bits)
     except ValueError as error:
+        raise UsageError(f"{asked}: {error}", "MLX takes 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128") from error
+    if not is_quantized(model):
         raise UsageError(
-            f"--quantize-bits {config.quantize_bits} --quantize-group-size {config.quantize_group_size}: {error}",
-            "MLX takes 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128",
-        ) from error
+            f"{asked}: no layer is a multiple of {config.quantize_group_size} wide", "take smaller groups: 32 or 64"
+        )
     return f"q{config.quantize_bits}g{config.quantize_group_size}"
 
 
 def _set_compute_dtype(model: nn.Module, config: ModelConfig) -> str:
-    from mlx_lm.utils import dequantize_model
-
     wanted = config.compute_dtype
     if wanted == "auto":
         if mx.default_device() == mx.gpu:
             return "stored"
         wanted = "float32"
-    model.set_dtype(DTYPES[wanted])  # first: scales in half precision would round what they dequantize
     if mx.default_device() == mx.cpu and is_quantized(model):
-        dequantize_model(model)
-        model.set_dtype(DTYPES[wanted])
+        model.set_dtype(mx.float32)  # scales in half precision would round what they unpack
+        _unpack(model)
+    model.set_dtype(DTYPES[wanted])
     return wanted
+
+
+def _unpack(model: nn.Module) -> None:
+    """Packed layers to plain ones; mlx-lm's own unpacking leaves out the scale that an nvfp4 expert may have."""
+    from mlx_lm.utils import dequantize_model
+
+    scaled = [(name, layer) for name, layer in model.named_modules() if layer.get("global_scale") is not None]
+    dequantize_model(model)
+    plain = dict(model.named_modules())
+    for name, layer in scaled:
+        parts = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
+        plain[name].weight = mx.stack(
+            [mx.dequantize(w, s, None, layer.group_size, layer.bits, layer.mode, g, mx.float32) for w, s, g in parts]
+        )
