@@ -61,7 +61,7 @@ class Architecture:
     interleaved_rope: bool = False  # rows of q and k in pairs: ggml rotates neighbours, Hugging Face halves
     norm_offset: bool = False  # norms are kept as weight + 1
     untied_head: bool = True  # whether an output matrix of its own may exist
-    query_scalar_big: tuple[int, float] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
+    query_scalar_big: tuple[int, int] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -100,7 +100,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         norm_offset=True,
         untied_head=False,
-        query_scalar_big=(46, 144.0),
+        query_scalar_big=(46, 144),
     ),
     "gemma3_text": Architecture(
         gguf="gemma3",
@@ -110,7 +110,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         constants={"sliding_window_pattern": 6},
         norm_offset=True,
         untied_head=False,
-        query_scalar_big=(62, 168.0),
+        query_scalar_big=(62, 168),
     ),
     "phi3": Architecture(
         gguf="phi3",

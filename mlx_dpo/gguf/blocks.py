@@ -45,7 +45,7 @@ def unpack_blocks(raw: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, n
 
 
 def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
-    """Unsigned `q` uint8 `[..., columns]` as MLX packs it: lowest bits first, in uint32 `[..., columns · bits / 32]`."""
+    """Unsigned `q` uint8 `[..., columns]` as MLX packs it: lowest bits first, uint32 `[..., columns · bits / 32]`."""
     rows = q.reshape(-1, q.shape[-1])
     if bits == 8:
         packed = rows

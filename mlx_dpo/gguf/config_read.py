@@ -46,7 +46,7 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
     if architecture.query_scalar_big is not None:
         layers, scalar = architecture.query_scalar_big
         big = config["num_hidden_layers"] == layers
-        config["query_pre_attn_scalar"] = scalar if big else float(config["head_dim"])
+        config["query_pre_attn_scalar"] = scalar if big else config["head_dim"]
     if model_type == "gemma3_text":
         config.setdefault("rope_local_base_freq", 10000.0)
     rotated = fields.get(f"{prefix}.rope.dimension_count", config["head_dim"])
