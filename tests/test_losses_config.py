@@ -151,7 +151,8 @@ def test_losses_of_different_rows_do_not_mix() -> None:
         ({"type": "simpo", "simpo_gamma": -1.0}, "simpo_gamma must not be negative"),
         ({"type": "cpo", "cpo_alpha": -1.0}, "cpo_alpha must not be negative"),
         ({"type": "unlikelihood", "unlikelihood_alpha": 2.0}, "unlikelihood_alpha must lie in [0, 1]"),
-        ({"type": "kto", "desirable_weight": -1.0}, "desirable_weight and undesirable_weight must not be negative"),
+        ({"type": "kto", "desirable_weight": -1.0}, "desirable_weight must not be negative"),
+        ({"f_divergence_type": "chi"}, "f_divergence_type must be one of reverse_kl, forward_kl"),
         (
             {"f_alpha_divergence_coef": 0.3},
             "f_alpha_divergence_coef is used by f_divergence_type alpha_divergence only",

@@ -13,7 +13,7 @@ LARGEST_EXPONENT = 80.0  # e^80 ≈ 5.5e34 still fits float32; beyond it a score
 
 
 def score(log_ratio: mx.array, divergence: str, alpha: float) -> mx.array:
-    """f'(π/π_ref) of Wang et al. 2023, "Beyond Reverse KL" (arXiv 2309.16240), table 1; any shape, up to a constant.
+    """f'(π/π_ref) of Wang et al. 2023, "Beyond Reverse KL" (arXiv 2309.16240); any shape, up to a constant.
 
     `log_ratio` is log π - log π_ref; `divergence` one of DIVERGENCES; `alpha` is read by `alpha_divergence` alone.
     """

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from mlx_dpo.arrays import Kind
 from mlx_dpo.config import LossConfig
 from mlx_dpo.errors import UsageError
+from mlx_dpo.losses.divergences import DIVERGENCES
 from mlx_dpo.losses.table import LOSSES, LossSpec
 
 SHARED = ("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting")
@@ -70,8 +71,7 @@ def row_separable(config: LossConfig) -> bool:
 
 
 def check_loss_config(config: LossConfig) -> None:
-    """Raises UsageError that lists all that is wrong: values out of range, and options that the chosen losses do not
-    read.
+    """Raises UsageError that lists all that is wrong: options that the chosen losses do not read, values out of range.
 
     An option counts as given when it differs from its default. In a mix it is enough that one loss reads it, but the
     options in SHARED must be read by every term except sft, which has no preference to apply them to.
@@ -83,7 +83,10 @@ def check_loss_config(config: LossConfig) -> None:
             f"no row suits all of {config.type}: " + ", ".join(f"{t.name} takes {_kinds(t.spec)}" for t in terms)
         )
     if wrong:
-        raise UsageError(_listed(f"loss {config.type}", wrong), "Leave the option out, or choose a loss that uses it.")
+        raise UsageError(
+            _listed(f"loss {config.type}", wrong),
+            "Leave out what the loss does not use, or choose a loss that does; mend what is out of range.",
+        )
 
 
 def _unread(config: LossConfig, terms: tuple[Term, ...]) -> list[str]:
@@ -124,10 +127,9 @@ def _out_of_range(config: LossConfig, terms: tuple[Term, ...]) -> list[str]:
         "simpo_gamma must not be negative": not config.simpo_gamma >= 0,
         "cpo_alpha must not be negative": not config.cpo_alpha >= 0,
         "unlikelihood_alpha must lie in [0, 1]": not 0 <= config.unlikelihood_alpha <= 1,
-        "desirable_weight and undesirable_weight must not be negative": not min(
-            config.desirable_weight, config.undesirable_weight
-        )
-        >= 0,
+        "desirable_weight must not be negative": not config.desirable_weight >= 0,
+        "undesirable_weight must not be negative": not config.undesirable_weight >= 0,
+        f"f_divergence_type must be one of {', '.join(DIVERGENCES)}": config.f_divergence_type not in DIVERGENCES,
         "f_alpha_divergence_coef is used by f_divergence_type alpha_divergence only": (
             config.f_alpha_divergence_coef != LossConfig.f_alpha_divergence_coef
             and config.f_divergence_type != "alpha_divergence"

@@ -28,11 +28,14 @@ def implicit_reward(logps: mx.array, reference: mx.array, length: mx.array, conf
 class LossSpec:
     """One loss.
 
-    `fn(view, config)` gives [R], or [] where the loss is one number for the micro-batch. `kind` is the view it takes.
-    `reference`: required; optional, when only differences between a row's answers count, so that a run may go without;
-    or unused. `mean_over`: rows, when the loss of a micro-batch is the mean over its rows; tokens, when it is the mean
-    over its completion tokens; batch, when rows depend on each other, or both means occur, and micro-batches cannot be
-    put together. `options`: the fields of LossConfig that it reads. `reward` is what the metrics call its reward.
+    - `fn(view, config)` gives [R], or [] where the loss is one number for the micro-batch. `kind` is the view it takes.
+    - `reference`: required; optional, when only differences between a row's answers count, so that a run may go without
+      (`reference: none`); or unused.
+    - `mean_over`: rows, when the loss of a micro-batch is the mean over its rows; tokens, when it is the mean over its
+      completion tokens; batch, when its rows depend on each other or both means occur, so that micro-batches do not add
+      up to a large batch.
+    - `options`: the fields of LossConfig that it reads.
+    - `reward(logps, reference_logps, length, config)` gives what the metrics call its rewards; all [R, K].
     """
 
     fn: Callable[..., mx.array]
