@@ -85,6 +85,9 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float = 0.0) -> Adapt
         _attach(model, Adapter(**{**vars(adapter), "dropout": dropout}))
     except (ValueError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not fit this model: {error}") from error
+    given = {_module(name) for name in weights}
+    # a layer that the file leaves alone, though others of its name are adapted, must not get a random A to train
+    _put_back(model, [(path, layer) for path, layer in _adapted(model) if path not in given])
     _assign(model, weights, folder)
     model.freeze()
     model.unfreeze(keys=list(LEAVES), strict=False)
@@ -105,9 +108,8 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The base model inside the `with`: every adapted layer is replaced by what it wraps, then put back."""
-    adapted = [(name, module) for name, module in model.named_modules() if "lora_a" in module]
-    bases = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
-    model.update_modules(tree_unflatten(bases))
+    adapted = _adapted(model)
+    _put_back(model, adapted)
     try:
         yield
     finally:
@@ -120,6 +122,17 @@ def _attach(model: nn.Module, adapter: Adapter) -> None:
     model.freeze()
     settings = {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": list(adapter.keys)}
     linear_to_lora_layers(model, adapter.num_layers, settings, use_dora=adapter.fine_tune_type == "dora")
+    model.eval()  # a new layer starts in training mode
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+
+
+def _put_back(model: nn.Module, adapted: list[tuple[str, nn.Module]]) -> None:
+    """Replaces adapted layers by what they wrap."""
+    bases = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
+    model.update_modules(tree_unflatten(bases))
 
 
 def _resolve_keys(layers: list[nn.Module], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -179,15 +192,21 @@ def _to_adapter(folder: Path, settings: dict[str, Any], weights: dict[str, mx.ar
         raise ModelError(f"{folder / 'adapter_config.json'} lacks what mlx-lm writes there: {error!r}") from error
 
 
+def _module(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.lora_a` → `model.layers.3.self_attn.q_proj`."""
+    return name.rsplit(".", 1)[0]
+
+
 def _layer_relative(name: str) -> str:
     """`model.layers.3.self_attn.q_proj.lora_a` → `self_attn.q_proj`."""
-    module = name.rsplit(".", 1)[0]
+    module = _module(name)
     return module.split(".layers.", 1)[1].split(".", 1)[1] if ".layers." in module else module
 
 
 def _assign(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> None:
     ours = parameters(model)
     wrong = [f"{name}: the model has no such adapter parameter" for name in weights if name not in ours]
+    wrong += [f"{name}: missing" for name in ours if name not in weights]
     wrong += [
         f"{name}: shape {tuple(value.shape)}, the model wants {tuple(ours[name].shape)}"
         for name, value in weights.items()
