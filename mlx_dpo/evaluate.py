@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
 import numpy as np
@@ -20,12 +20,11 @@ from mlx_dpo.encode import EncodeReport, TokenizedRow, encode_records
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.logprobs import Scorer
-from mlx_dpo.losses import compute_loss, needs_reference
+from mlx_dpo.losses import accepted_kinds, compute_loss, needs_reference
 from mlx_dpo.metrics import Sums, averages, batch_metrics, ranked_accuracy, wilson_interval
 from mlx_dpo.model import LoadedModel, load
-from mlx_dpo.prepare import kind_of, mismatched
-from mlx_dpo.records import Record
-from mlx_dpo.records import kind_of as kind_of_record
+from mlx_dpo.prepare import mismatched
+from mlx_dpo.records import Record, kind_of
 from mlx_dpo.reference import Reference
 from mlx_dpo.speed import settle
 
@@ -84,7 +83,7 @@ def evaluate(
     """
     loss = loss or LossConfig()
     bench = set_up(
-        model, data, loss, kind_of(loss), split=split,
+        model, data, loss, accepted_kinds(loss), split=split,
         reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
     )  # fmt: skip
     found = evaluate_rows(
@@ -132,18 +131,17 @@ def score(
     """
     loss = loss or LossConfig()
     bench = set_up(
-        model, data, loss, None, split=split,
+        model, data, loss, get_args(Kind), split=split,
         reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
     )  # fmt: skip
     describe = describe_pair if bench.kind == "pair" else describe_answers
     window = WINDOW * batch_size
     for start in range(0, len(bench.rows), window):
         on_event(Phase("scoring", start, len(bench.rows), "rows"))
-        rows = bench.rows[start : start + window]
-        known = bench.known[start : start + window] if bench.known is not None else None
-        policy = known if bench.is_reference and known is not None else score_rows(bench.score, rows, batch_size)
-        for i, row in enumerate(rows):
-            yield describe(row, policy[i], known[i] if known is not None else None, loss.beta)
+        places = range(start, min(start + window, len(bench.rows)))
+        policy = score_rows(bench.score, bench.rows, batch_size, places)
+        for i, found in zip(places, policy, strict=True):
+            yield describe(bench.rows[i], found, bench.known[i] if bench.known is not None else None, loss.beta)
     on_event(Phase("scoring", len(bench.rows), len(bench.rows), "rows"))
 
 
@@ -151,7 +149,7 @@ def set_up(
     model: ModelConfig,
     data: DataConfig,
     loss: LossConfig,
-    kind: Kind | None,
+    kinds: Collection[Kind],
     *,
     split: Split = "auto",
     reference_adapter: str | None = None,
@@ -160,15 +158,14 @@ def set_up(
 ) -> Bench:
     """Loads data, model and adapters, and computes the reference's log-probs or finds them on disk.
 
-    `kind` asks for rows of that kind; None takes them as they are.
+    Rows of another kind than `kinds` are converted to one of those.
     """
     if loss.reference == "start" and reference_adapter is None:
         raise UsageError(
             "the reference is to be the starting adapter, but which one that was is not said",
             "name its folder as the reference",
         )
-    records = _records(data, kind, split, on_event)
-    kind = kind or cast(Kind, kind_of_record(records[0]))
+    kind, records = _records(data, kinds, split, on_event)
     on_event(Phase("loading the model", 0, 1, ""))
     loaded = load(model)
     on_event(Phase("loading the model", 1, 1, ""))
@@ -204,7 +201,14 @@ def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[Token
     return Scorer(loaded.model, speed)
 
 
-def _records(data: DataConfig, kind: Kind | None, split: Split, on_event: OnEvent) -> list[Record]:
+def _records(data: DataConfig, kinds: Collection[Kind], split: Split, on_event: OnEvent) -> tuple[Kind, list[Record]]:
+    first = next(kind for kind in get_args(Kind) if kind in kinds)
+    records = _split(data, None if len(kinds) > 1 else first, split, on_event)
+    own = cast(Kind, kind_of(records[0]))
+    return (own, records) if own in kinds else (first, _split(data, first, split, on_event))
+
+
+def _split(data: DataConfig, kind: Kind | None, split: Split, on_event: OnEvent) -> list[Record]:
     there = ["train"] if data.path == "-" else list(read_splits(data.path))
     if split == "valid" and "valid" not in there:
         return load_splits(
@@ -223,12 +227,14 @@ def replay(known: Reference) -> Score:
     return score
 
 
-def score_rows(score: Score, rows: Sequence[TokenizedRow], batch_size: int) -> Reference:
-    """Token log-probs of `rows` in their order, for a model in evaluation mode."""
+def score_rows(
+    score: Score, rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[int] | None = None
+) -> Reference:
+    """Token log-probs of the rows at `places` (all without them), in that order, for a model in evaluation mode."""
     found: dict[int, list[np.ndarray]] = {}
-    for batch in by_length(rows, batch_size):
-        found.update(zip(batch.index.tolist(), reference.score_batch(score, batch), strict=True))
-    return [found[i][: len(row.completions)] for i, row in enumerate(rows)]
+    for batch in by_length(rows, batch_size, places):
+        found.update(zip(batch.index.tolist(), reference.score_batch(cast(Scorer, score), batch), strict=True))
+    return [found[i][: len(rows[i].completions)] for i in (range(len(rows)) if places is None else places)]
 
 
 def describe_pair(
@@ -278,7 +284,8 @@ def by_length(rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[in
 
     Of the rows at `places` where they are given; a batch's `index` are places in `rows`.
     """
-    order = sorted(places or range(len(rows)), key=lambda i: (len(rows[i].completions), length(rows[i])))
+    wanted = range(len(rows)) if places is None else places
+    order = sorted(wanted, key=lambda i: (len(rows[i].completions), length(rows[i])))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         yield make_batch([rows[i] for i in part], part)
@@ -342,8 +349,8 @@ def labels(batch: Batch, kind: Kind) -> mx.array | None:
 def accuracy_interval(parts: Sequence[Sums]) -> dict[str, float]:
     """The 95 % interval of the accuracy over all parts; empty where nothing was compared."""
     counted = [part["rewards/accuracies"] for part in parts if "rewards/accuracies" in part]
-    comparisons = sum(mean.number.item() for mean in counted)
+    comparisons = sum(float(mean.number) for mean in counted)
     if not comparisons:
         return {}
-    low, high = wilson_interval(sum(mean.total.item() for mean in counted), comparisons)
+    low, high = wilson_interval(sum(float(mean.total) for mean in counted), comparisons)
     return {"accuracy_low": low, "accuracy_high": high, "comparisons": comparisons}

@@ -29,6 +29,9 @@ DROWNED = 0.5
 Runtime = Callable[[Sequence[TokenizedRow]], Reference]
 """Token log-probs of rows as another runtime computes them."""
 
+PLAIN = SpeedConfig(shared_prompt=False, trunk=False)
+"""Whole sequences, as every runtime reads them."""
+
 
 @dataclass(frozen=True)
 class Verified:
@@ -81,7 +84,7 @@ def verify_folder(
         loaded = load(other)
         if adapter is not None:
             lora.load(loaded.model, adapter)
-        return score_rows(Scorer(loaded.model, SpeedConfig(trunk=False)), tokenized, 8)
+        return score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
 
     return verify(trained, "mlx-lm", run, tolerance=EXACT if exact else None, data=data, rows=rows, on_event=on_event)
 
@@ -105,18 +108,17 @@ def verify(
     data = data or DataConfig(path=str(files("mlx_dpo") / "demo_data" / "test.jsonl"))
     loaded = load(trained)
     tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
-    speed = SpeedConfig(trunk=False)
-    off = score_rows(Scorer(loaded.model, speed), tokenized, 8)
+    off = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     if trained.adapter:
         lora.load(loaded.model, trained.adapter)
-    on = score_rows(Scorer(loaded.model, speed), tokenized, 8)
+    on = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     del loaded  # the other runtime needs the room
     found = compare(runtime, tokenized, off, on, run(tokenized), tolerance)
     on_event(Phase(f"checking in {runtime}", 1, 1, ""))
     if tolerance is not None and not found.holds:
         raise ModelError(
             f"the export is not what was trained: in {runtime} log-probs differ by up to {found.largest:.3g} nats from "
-            f"ours (tolerance {tolerance:g}), by {found.off:.3g} on average from the base; the adapter makes {found.effect:.3g}",
+            f"ours (tolerance {tolerance:g}); it is {found.off:.3g} off the base, what was trained {found.effect:.3g}",
             "nothing was kept of it; please report the model's architecture and the adapter's settings",
         )
     return found
