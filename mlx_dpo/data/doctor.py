@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import TypeVar
 
 from mlx_dpo.data.load import prompt_key
 from mlx_dpo.records import PreferencePair, Record, Text, Unpaired, kind_of
@@ -17,6 +18,8 @@ LONGEST = 5  # rows that are named as the longest
 LENGTH_BIAS = 0.15  # how far from a half the share of longer chosen answers may be before it is worth a word
 
 _CONTROL = re.compile(r"<\|[a-z_]+\|>|</?s>|\[/?INST\]|<(start|end)_of_turn>")
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,7 @@ class Report:
     longer_chosen: float | None  # share of pairs whose chosen answer is the longer one, of those that differ in length
     longest: tuple[tuple[str, int], ...]  # the longest rows: id and length of the prompt and its longest answer
     duplicates: tuple[str, ...]  # say the same as an earlier row
-    contradictions: tuple[tuple[str, str], ...]  # prefer what the other row rejects, of the same two answers
+    contradictions: tuple[tuple[str, str], ...]  # the second prefers what the first rejects, of two answers
     identical: tuple[str, ...]  # chosen equals rejected: nothing to learn
     nearly_identical: tuple[str, ...]  # chosen and rejected differ in whitespace only
     empty: tuple[str, ...]  # an answer says nothing
@@ -47,10 +50,7 @@ class Report:
         """Sentences on what deserves a look; empty where nothing does."""
         suspicions = (
             (self.duplicates, "rows say the same as an earlier one"),
-            (
-                [first for first, _ in self.contradictions],
-                "rows are contradicted by another, which prefers the other answer",
-            ),
+            ([id for _, id in self.contradictions], "rows prefer what an earlier one rejects, of the same two answers"),
             (self.identical, "pairs have the same text chosen and rejected: nothing to learn"),
             (self.nearly_identical, "pairs differ in whitespace only"),
             (self.empty, "rows have an empty answer"),
@@ -69,45 +69,31 @@ class Report:
 
 def examine(records: Sequence[Record], valid: Sequence[Record] = ()) -> Report:
     """Counts and suspicions about the records; with `valid`, the prompts that these share with them."""
-    many = [record for record in records if len(record.completions) > 1]
-    pairs = [record for record in many if isinstance(record, PreferencePair)]
-    longer = [
-        length(pair.chosen) > length(pair.rejected) for pair in pairs if length(pair.chosen) != length(pair.rejected)
-    ]
-    sizes = [length(record.prompt) + max(map(length, record.completions)) for record in records]
-    by_size = sorted(zip(records, sizes, strict=True), key=lambda item: -item[1])[:LONGEST]
+    pairs = [record for record in records if isinstance(record, PreferencePair)]
+    differences = [length(pair.chosen) - length(pair.rejected) for pair in pairs]
+    longer = [difference > 0 for difference in differences if difference]
+    sizes = [(record.id, length(record.prompt) + max(map(length, record.completions))) for record in records]
     held_out = {prompt_key(record) for record in valid}
-    keys = [prompt_key(record) for record in records]
     return Report(
         rows=len(records),
         kinds=dict(Counter(map(kind_of, records))),
         shapes=dict(Counter(record.shape for record in records)),
-        prompts=len(set(keys)),
+        prompts=len(set(map(prompt_key, records))),
         judged_good=sum(isinstance(record, Unpaired) and record.label for record in records),
         mean_prompt=_mean([length(record.prompt) for record in records]),
         mean_first=_mean([length(record.completions[0]) for record in records]),
         mean_last=_mean([length(record.completions[-1]) for record in records]),
         longer_chosen=fmean(longer) if longer else None,
-        longest=tuple((record.id, size) for record, size in by_size),
+        longest=tuple(sorted(sizes, key=lambda size: -size[1])[:LONGEST]),
         duplicates=_duplicates(records),
         contradictions=_contradictions(pairs),
-        identical=tuple(pair.id for pair in pairs if pair.chosen == pair.rejected),
-        nearly_identical=tuple(
-            pair.id
-            for pair in pairs
-            if pair.chosen != pair.rejected and _squeezed(pair.chosen) == _squeezed(pair.rejected)
-        ),
-        empty=tuple(record.id for record in records if not all(map(_says_something, record.completions))),
-        parted_early=tuple(
-            pair.id for pair in pairs if not (_is_one_answer(pair.chosen) and _is_one_answer(pair.rejected))
-        ),
-        repeats_prompt=tuple(record.id for record in records if _repeats_prompt(record)),
-        control_tokens=tuple(
-            record.id
-            for record in records
-            if any(map(_CONTROL.search, map(flat, (record.prompt, *record.completions))))
-        ),
-        shared_prompts=tuple(record.id for record, key in zip(records, keys, strict=True) if key in held_out),
+        identical=_named(pairs, lambda pair: pair.chosen == pair.rejected),
+        nearly_identical=_named(pairs, _differs_in_whitespace),
+        empty=_named(records, lambda record: not all(flat(answer).strip() for answer in record.completions)),
+        parted_early=_named(pairs, lambda pair: not all(map(_is_one_answer, pair.completions))),
+        repeats_prompt=_named(records, _repeats_prompt),
+        control_tokens=_named(records, _has_control_tokens),
+        shared_prompts=_named(records, lambda record: prompt_key(record) in held_out),
     )
 
 
@@ -133,12 +119,13 @@ def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
-def _squeezed(text: Text) -> str:
-    return "".join(flat(text).split())
+def _named(records: Sequence[AnyRecord], suspicious: Callable[[AnyRecord], bool]) -> tuple[str, ...]:
+    return tuple(record.id for record in records if suspicious(record))
 
 
-def _says_something(text: Text) -> bool:
-    return bool(flat(text).strip())
+def _differs_in_whitespace(pair: PreferencePair) -> bool:
+    chosen, rejected = flat(pair.chosen), flat(pair.rejected)
+    return chosen != rejected and "".join(chosen.split()) == "".join(rejected.split())
 
 
 def _is_one_answer(text: Text) -> bool:
@@ -147,11 +134,13 @@ def _is_one_answer(text: Text) -> bool:
 
 def _repeats_prompt(record: Record) -> bool:
     prompt = record.prompt
-    return (
-        isinstance(prompt, str)
-        and prompt != ""
-        and all(isinstance(answer, str) and answer.startswith(prompt) for answer in record.completions)
-    )
+    if not isinstance(prompt, str) or not prompt:
+        return False
+    return all(isinstance(answer, str) and answer.startswith(prompt) for answer in record.completions)
+
+
+def _has_control_tokens(record: Record) -> bool:
+    return any(_CONTROL.search(flat(text)) for text in (record.prompt, *record.completions))
 
 
 def _duplicates(records: Sequence[Record]) -> tuple[str, ...]:
