@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mlx_dpo import __version__
-from mlx_dpo.cli import train
+from mlx_dpo.cli import check, demo, eval, fuse, generate, import_gguf, score, train
 from mlx_dpo.cli.console import show_error
 from mlx_dpo.errors import MlxDpoError
 
@@ -21,7 +22,7 @@ Teach a language model what you prefer, on your own machine.
   [dim]# watch a real model learn a preference[/dim]
   mlx-dpo demo
   [dim]# see what the model is going to read, then train an adapter[/dim]
-  mlx-dpo check pairs.jsonl --model MODEL --preview 3
+  mlx-dpo check --data pairs.jsonl --model MODEL --preview 3
   mlx-dpo train --model MODEL --data pairs.jsonl --output runs/a
   [dim]# how many unseen pairs it ranks right, and what it answers now[/dim]
   mlx-dpo eval --model MODEL --adapter runs/a --data test.jsonl
@@ -33,8 +34,15 @@ MODEL is a folder or a Hub name of any model that mlx-lm loads.
 Results go to standard output, everything else to standard error.
 """
 
-VERBS = {
+VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo.demo,
+    "check": check.check,
     "train": train.train,
+    "eval": eval.evaluate,
+    "score": score.score,
+    "generate": generate.generate,
+    "fuse": fuse.fuse,
+    "import": import_gguf.import_model,
 }
 
 

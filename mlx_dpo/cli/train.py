@@ -9,7 +9,7 @@ import typer
 
 from mlx_dpo.cli.console import stderr
 from mlx_dpo.cli.flags import Asked, with_settings
-from mlx_dpo.errors import UsageError
+from mlx_dpo.cli.options import Quiet, require
 from mlx_dpo.settings import resolve
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from mlx_dpo.train import TrainResult
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --output from its newest checkpoint.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings and the name of the run folder.")]
 
 
 @with_settings("model", "data", "lora", "loss", "optim", "train")
@@ -48,14 +47,6 @@ def train(asked: Asked, resume: Resume = False, quiet: Quiet = False) -> None:
     print(result.output)
     if result.interrupted:
         raise typer.Exit(130)
-
-
-def require(config: RunConfig, *flags: str) -> None:
-    """Refuses a command line that lacks what the verb cannot do without; `flags` of --model, --adapter and --data."""
-    known = {"--model": config.model.path, "--adapter": config.model.adapter, "--data": config.data.path}
-    missing = [flag for flag in flags if not known[flag]]
-    if missing:
-        raise UsageError(f"{' and '.join(missing)} must be given", "as flags, or in a file with --config")
 
 
 def show_result(result: TrainResult, config: RunConfig) -> None:

@@ -1,0 +1,104 @@
+"""`mlx-dpo check`: what is in the data, and what the model is going to read of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_dpo.cli.console import show_warning, stderr, stdout
+from mlx_dpo.cli.flags import Asked, with_settings
+from mlx_dpo.cli.options import SCORED_DATA, require
+from mlx_dpo.config import RunConfig
+from mlx_dpo.errors import UsageError
+from mlx_dpo.settings import resolve
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mlx_dpo.data.load import Splits
+    from mlx_dpo.preview import Preview
+
+STYLES = {"prompt": "", "scored": "green", "cut": "red strike"}
+
+Rows = Annotated[int, typer.Option("--preview", metavar="N", min=0, help="Show so many rows as the model reads them.")]
+
+
+@with_settings("model.path", "model.revision", "model.trust_remote_code", *SCORED_DATA)
+def check(asked: Asked, preview: Rows = 0) -> None:
+    """Look at the data before training on it.
+
+    \b
+    [bold]Examples[/bold]
+      mlx-dpo check --data pairs.jsonl
+      mlx-dpo check --data pairs.jsonl --model MODEL --preview 3
+
+    Every row that cannot be used is named with its line. With --model the tokens
+    are counted, and --preview shows what is prompt, what is scored, what was cut.
+    """
+    config = resolve(*asked)
+    require(config, "--data")
+    if preview and not config.model.path:
+        raise UsageError("--preview needs a --model, whose tokenizer and chat template it shows")
+
+    from mlx_dpo.data.load import load_splits
+
+    splits = load_splits(config.data.path, valid_fraction=0)
+    show_rows(splits)
+    if config.model.path:
+        show_tokens(splits, config, preview)
+
+
+def show_rows(splits: Splits) -> None:
+    """What each split holds, and what in it deserves a look."""
+    from mlx_dpo.data.doctor import examine
+
+    for name, records in splits._asdict().items():
+        if records:
+            report = examine(records, splits.valid if name == "train" else ())
+            kinds = ", ".join(f"{count} {kind}" for kind, count in report.kinds.items())
+            shapes = ", ".join(f"{shape} ({count})" for shape, count in report.shapes.items())
+            print(f"{name}: {kinds} rows, {report.prompts} different prompts, written as {shapes}")
+            print(
+                f"{name}: mean characters: prompt {report.mean_prompt:.0f}, "
+                f"first answer {report.mean_first:.0f}, last {report.mean_last:.0f}"
+            )
+            for text in report.warnings():
+                show_warning(stderr(), f"{name}: {text}")
+
+
+def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
+    """What tokenizing makes of each split, and a look at the first rows."""
+    from mlx_dpo.encode import encode_records
+    from mlx_dpo.preview import load_tokenizer, preview
+
+    tokenizer = load_tokenizer(config.model)
+    for name, records in splits._asdict().items():
+        if records:
+            _, report = encode_records(records, tokenizer, config.data)
+            print(
+                f"{name}: {report.prompt_tokens} prompt tokens, {report.completion_tokens} scored, "
+                f"{report.longest} in the longest answer with its prompt"
+            )
+            for text in report.warnings(config.data.max_length):
+                show_warning(stderr(), f"{name}: {text}")
+    for record in [*splits.train, *splits.valid, *splits.test][:rows]:
+        stdout().print(draw(preview(record, tokenizer, config.data)))
+
+
+def draw(row: Preview) -> Table:
+    """The pieces of a row one below the other; colours say the same as the words beside them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    title = f"row {row.id}" + (", dropped: no scored token is left" if row.dropped else "")
+    table = Table(title=title, title_justify="left", title_style="bold", expand=True, show_lines=True)
+    table.add_column("answer")
+    table.add_column("tokens", justify="right")
+    table.add_column("read as")
+    table.add_column("text", ratio=1)
+    for name, pieces in row.answers.items():
+        for piece in pieces:
+            style = STYLES[piece.role]
+            table.add_row(name, str(piece.tokens), Text(piece.role, style), Text(piece.text, style))
+    return table

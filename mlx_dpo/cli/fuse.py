@@ -1,0 +1,91 @@
+"""`mlx-dpo fuse`: model and adapter as one model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_dpo.cli.console import stderr
+from mlx_dpo.cli.flags import Asked, with_settings
+from mlx_dpo.cli.options import SCORED_DATA, Quiet, require
+from mlx_dpo.config import Dtype
+from mlx_dpo.settings import resolve
+
+if TYPE_CHECKING:
+    from mlx_dpo.export.fuse import FuseReport
+
+MODEL = ("model.path", "model.revision", "model.adapter", "model.trust_remote_code")
+NOTES = {
+    "model.adapter": "adapter folder (mlx-lm or PEFT) to put into the model",
+    "data.path": "rows to check the result with; the package's own without it",
+}
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")]
+AsDtype = Annotated[
+    Dtype, typer.Option("--dtype", help="Of the weights; auto: the base's own, 16-bit if it is quantized.")
+]
+Bits = Annotated[int | None, typer.Option("--quantize-bits", metavar="N", help="Quantize the result.")]
+GroupSize = Annotated[
+    int | None, typer.Option("--quantize-group-size", metavar="N", help="Weights that share a scale.")
+]
+Mode = Annotated[
+    str | None, typer.Option("--quantize-mode", metavar="WORD", help="MLX's mode: affine, mxfp4, nvfp4, mxfp8.")
+]
+KeepAdapted = Annotated[
+    int | None, typer.Option("--keep-adapted-bits", metavar="N", help="Hold adapted layers in 8 or 16 bits.")
+]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Load what was written and compare it with base + adapter.")
+]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Rows to compare on.")]
+
+
+@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+def fuse(
+    asked: Asked,
+    output: Output,
+    dtype: AsDtype = "auto",
+    quantize_bits: Bits = None,
+    quantize_group_size: GroupSize = None,
+    quantize_mode: Mode = None,
+    keep_adapted_bits: KeepAdapted = None,
+    verify: Verify = True,
+    rows: Rows = 32,
+    quiet: Quiet = False,
+) -> None:
+    """Make one model folder of a model and its adapter.
+
+    \b
+    [bold]Examples[/bold]
+      mlx-dpo fuse --model MODEL --adapter runs/a --output fused
+      mlx-dpo fuse --model MODEL --adapter runs/a --output fused-4bit --quantize-bits 4
+
+    Rounding to few bits can round the tuning away; how much is measured and said.
+    """
+    config = resolve(*asked)
+    require(config, "--model", "--adapter")
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.fuse import fuse
+
+    with show_progress(quiet=quiet) as on_event:
+        report = fuse(
+            config.model, config.model.adapter or "", output,
+            dtype=dtype, quantize_bits=quantize_bits, quantize_group_size=quantize_group_size,
+            quantize_mode=quantize_mode, keep_adapted_bits=keep_adapted_bits, verify=verify,
+            data=config.data if config.data.path else None, rows=rows, on_event=on_event,
+        )  # fmt: skip
+    if not quiet:
+        show_report(report)
+    print(report.output)
+
+
+def show_report(report: FuseReport) -> None:
+    """What was written, and what rounding took from the tuning."""
+    console = stderr()
+    console.print(f"weights   {report.form}, {report.size / 1e6:.0f} MB; adapted layers {report.adapted_form}")
+    console.print(f"tuning    {report.kept:.1%} of it arrived, rounding noise {report.error:.2g} of its size")
+    if report.verified:
+        console.print(f"verified  {report.verified}")
