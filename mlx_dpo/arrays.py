@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
 Kind = Literal["pair", "ranking", "unpaired", "demonstration"]
 """What a batch's rows are; it decides what the K answers of a row mean.
@@ -47,3 +49,13 @@ class LossOutput(NamedTuple):
     logps: mx.array
     rewards: mx.array | None = None
     kl: mx.array | None = None
+
+
+def flat(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a tree of parameters, gradients or states by dotted name."""
+    return dict(tree_flatten(tree))
+
+
+def read_arrays(file: Path) -> dict[str, mx.array]:
+    """The arrays of a safetensors file by name. Raises RuntimeError where it cannot be read."""
+    return mx.load(str(file))  # type: ignore[return-value]

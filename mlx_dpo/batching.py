@@ -10,7 +10,7 @@ import numpy as np
 from mlx_dpo.encode import TokenizedRow
 
 WINDOW = 32
-"""Micro-batches that are sorted by length together: wide enough to pad little, narrow enough to keep the order random."""
+"""Micro-batches that are sorted by length together: wide enough to pad little, narrow enough to stay random."""
 
 
 class Batch(NamedTuple):
@@ -32,7 +32,7 @@ class Batch(NamedTuple):
     mask: np.ndarray
     rank: np.ndarray
     label: np.ndarray
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # shadows a method of tuples that nobody calls
     shares_prompt: bool
 
 
@@ -81,7 +81,9 @@ def length(row: TokenizedRow) -> int:
     return len(row.prompt) + max(map(len, row.completions))
 
 
-def order_batches(rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, shuffle: bool) -> list[list[int]]:
+def order_batches(
+    rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, shuffle: bool
+) -> list[list[int]]:
     """The micro-batches of one epoch as places in the data set: a pure function of its arguments, so a run can resume.
 
     Every row comes exactly once. Shuffled, rows are dealt at random into windows, sorted by number of answers and by

@@ -12,9 +12,11 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_dpo.arrays import flat, read_arrays
 from mlx_dpo.errors import RunError
+from mlx_dpo.following import FollowingReference
 from mlx_dpo.lora import Adapter, parameters, save
 from mlx_dpo.run import RunFolder, written_whole
 
@@ -30,7 +32,7 @@ class Progress:
     seconds: float = 0.0  # of training, evaluation not counted
     best: dict[str, float] | None = None  # metrics of the best evaluation
     best_step: int = 0
-    chosen_logps_at_start: float | None = None
+    warned_of_drift: bool = False
     evaluations: list[dict[str, float]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of what decides the batches and their meaning
 
@@ -44,14 +46,16 @@ def save_checkpoint(
     *,
     base: str,
     keep: int,
+    reference: FollowingReference | None = None,
 ) -> Path:
     """Writes `checkpoints/step-…/` beside and renames it, then drops all but the `keep` newest."""
     target = run.checkpoint(progress.step)
     with written_whole(target) as folder:
         save(model, adapter, folder, base=base)
-        state = {name: value for name, value in tree_flatten(optimizer.state)}
-        mx.save_safetensors(str(folder / "optimizer.safetensors"), state)
-        mx.save_safetensors(str(folder / "random.safetensors"), {str(i): key for i, key in enumerate(mx.random.state)})
+        mx.save_safetensors(str(folder / "optimizer.safetensors"), flat(optimizer.state))
+        mx.save_safetensors(str(folder / "random.safetensors"), {str(i): key for i, key in enumerate(_random_state())})
+        if reference is not None:
+            reference.save(folder)
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
     for old in run.checkpoints()[:-keep]:
         shutil.rmtree(old)
@@ -76,9 +80,9 @@ def restore_checkpoint(
     """
     try:
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
-        weights = mx.load(str(folder / "adapters.safetensors"))
-        state = mx.load(str(folder / "optimizer.safetensors"))
-        random = mx.load(str(folder / "random.safetensors"))
+        weights = read_arrays(folder / "adapters.safetensors")
+        state = read_arrays(folder / "optimizer.safetensors")
+        random = read_arrays(folder / "random.safetensors")
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         raise RunError(
             f"the checkpoint {folder} cannot be read: {error}", "remove it, and --resume takes the one before"
@@ -98,5 +102,10 @@ def restore_checkpoint(
     model.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(state.items()))
     for i, key in random.items():
-        mx.random.state[int(i)] = key
+        _random_state()[int(i)] = key
     return progress
+
+
+def _random_state() -> list[mx.array]:
+    """MLX's global random keys: the list itself, in which they can be set."""
+    return mx.random.state  # type: ignore[return-value]

@@ -50,7 +50,9 @@ class LossConfig:
 
     type: str = "sigmoid"  # a loss, or a weighted mix: sigmoid:0.8,bco_pair:0.2,sft:1.0
     beta: float = 0.1  # strength of the tie to the reference; τ of ipo, λ of orpo
-    reference: Literal["base", "start", "none"] = "base"  # adapter off; the adapter that training started from; none
+    reference: str = "base"  # base (adapter off), start (the starting adapter), none, or a folder
+    ref_model_sync_steps: int | None = None  # TR-DPO: steps after which the reference follows the policy; null: never
+    ref_model_mixup_alpha: float = 0.6  # TR-DPO: how much of the policy goes into the reference then, 0 to 1
     label_smoothing: float = 0.0  # ε, the share of labels taken to be wrong: cdpo, robust, exo_pair, aot, cpo, simpo
     f_divergence_type: Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"] = "reverse_kl"
     f_alpha_divergence_coef: float = 0.5  # α of alpha_divergence

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class Wish:
@@ -26,7 +27,7 @@ def deferred_interrupt() -> Iterator[Wish]:
     if threading.current_thread() is not threading.main_thread():
         yield wish
         return
-    previous = {}
+    previous: dict[int, Any] = {}
 
     def hear(number: int, frame: FrameType | None) -> None:
         wish.stop = True
@@ -37,5 +38,5 @@ def deferred_interrupt() -> Iterator[Wish]:
     try:
         yield wish
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for code, handler in previous.items():
+            signal.signal(code, handler)

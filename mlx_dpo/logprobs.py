@@ -13,9 +13,8 @@ from typing import NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
-from mlx_dpo.arrays import TokenLogps
+from mlx_dpo.arrays import TokenLogps, flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped
 from mlx_dpo.config import SpeedConfig
@@ -195,8 +194,8 @@ def head_logps(
 
     log p of a token depends on that token's hidden state alone, so its gradient is one vector of the hidden size:
     J_n = ∂/∂h_n (logit[target] − logsumexp(logits)) = headᵀ(onehot(target) − softmax). It is computed while the chunk's
-    logits are at hand and kept; the backward pass is then cotangent · J, with no logits made again. The head itself gets
-    no gradient: it must be frozen.
+    logits are at hand and kept; the backward pass is then cotangent · J, with no logits made again. The head itself
+    gets no gradient: it must be frozen.
     """
     chunk = max(16, CHUNK_LOGITS // head(hidden[:1]).shape[-1])  # shapes are known without computing
     starts = range(0, hidden.shape[0], chunk)
@@ -212,11 +211,12 @@ def head_logps(
         return mx.concatenate(parts)
 
     @score.vjp
-    def pull_back(primals: tuple[mx.array, ...], cotangent: mx.array, out: mx.array) -> tuple[mx.array, ...]:
+    def pull_back(primals: list[mx.array], cotangent: mx.array, out: mx.array) -> tuple[mx.array, ...]:
         hidden, target = primals
         return (cotangent[:, :1] * out[:, width:]).astype(hidden.dtype), mx.zeros_like(target)
 
-    return score(hidden, target)[:, :width]
+    values: mx.array = score(hidden, target)
+    return values[:, :width]
 
 
 def _measure(logits: mx.array, target: mx.array, stats: tuple[str, ...]) -> mx.array:
@@ -238,17 +238,33 @@ def _measure(logits: mx.array, target: mx.array, stats: tuple[str, ...]) -> mx.a
 
 
 def _measure_with_gradient(head: Head, hidden: mx.array, target: mx.array, stats: tuple[str, ...]) -> mx.array:
-    """`[N, 1 + stats + hidden]` float32: `_measure`, and beside it the gradient of each log p by its hidden state."""
+    """`[N, 1 + stats + hidden]` float32: `_measure`, and beside it the gradient of each log p by its hidden state.
+
+    The exponentials are taken once: for the normalizer, for the gradient by the logits, onehot − softmax, and for
+    stats.
+    """
 
     def weighted(hidden: mx.array) -> tuple[mx.array, mx.array]:
         logits = head(hidden)
-        measured = mx.stop_gradient(_measure(logits, target, stats))
         raw = mx.stop_gradient(logits).astype(mx.float32)
-        softmax = mx.softmax(raw, axis=-1)
-        hit = mx.arange(raw.shape[-1])[None] == target[:, None]
-        return (logits * (hit - softmax).astype(logits.dtype)).sum(), measured
+        top = raw.max(axis=-1, keepdims=True)
+        weights = mx.exp(raw - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        p = weights / total
+        at = target[:, None]
+        log_p = mx.take_along_axis(raw, at, axis=-1) - top - mx.log(total)
+        by_logits = mx.put_along_axis(-p, at, 1 - mx.take_along_axis(p, at, axis=-1), axis=-1)
+        measures: dict[str, Callable[[], mx.array]] = {
+            "entropy": lambda: (top + mx.log(total))[:, 0] - (p * raw).sum(-1),
+            "mean_logit": lambda: raw.mean(-1),
+            "correct": lambda: (raw.argmax(-1) == target).astype(mx.float32),
+            "log_sum_p2": lambda: mx.log((p * p).sum(-1)),
+        }
+        measured = mx.stack([log_p[:, 0], *(measures[name]() for name in stats)], axis=-1)
+        return (logits * by_logits.astype(logits.dtype)).sum(), measured
 
-    (_, measured), (gradient,) = mx.vjp(weighted, [hidden], [mx.array(1.0, hidden.dtype), mx.zeros((hidden.shape[0], 1 + len(stats)))])
+    cotangents = [mx.array(1.0, hidden.dtype), mx.zeros((hidden.shape[0], 1 + len(stats)))]
+    (_, measured), (gradient,) = mx.vjp(weighted, [hidden], cotangents)
     return mx.concatenate([measured, gradient.astype(mx.float32)], axis=-1)
 
 
@@ -261,4 +277,4 @@ def _place(measured: mx.array, slot: mx.array, stats: tuple[str, ...]) -> TokenL
 
 def _frozen_outside_blocks(model: nn.Module, parts: Parts) -> bool:
     prefix = f"{parts.path}.layers."
-    return all(name.startswith(prefix) for name, _ in tree_flatten(model.trainable_parameters()))
+    return all(name.startswith(prefix) for name in flat(model.trainable_parameters()))

@@ -11,8 +11,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_unflatten
 
+from mlx_dpo.arrays import flat, read_arrays
 from mlx_dpo.config import LoraConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.peft import read_peft
@@ -102,7 +103,7 @@ def save(model: nn.Module, adapter: Adapter, folder: Path, *, base: str) -> None
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:
     """The adapter's arrays by name."""
-    return {name: value for name, value in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in LEAVES}
+    return {name: value for name, value in flat(model.parameters()).items() if name.rsplit(".", 1)[-1] in LEAVES}
 
 
 @contextmanager
@@ -170,7 +171,7 @@ def _read_weights(folder: Path) -> dict[str, mx.array]:
     if not file.is_file():
         raise ModelError(f"no adapter weights: {file} is missing")
     try:
-        weights: dict[str, mx.array] = mx.load(str(file))
+        weights = read_arrays(file)
     except RuntimeError as error:
         raise ModelError(f"{file} cannot be read: {error}") from error
     return weights

@@ -59,7 +59,9 @@ class Parts:
             self.inner = self.inner[name]
 
     def _outer(self, stub: Callable[..., Any]) -> StandIn:
-        """The model with a call of its inner transformer replaced by `stub`; a tied head still finds the embedding there."""
+        """The model with a call of its inner transformer replaced by `stub`; a tied head still finds the embedding
+        there.
+        """
         *parents, last = self.path.split(".")
         chain = [self.model]
         for name in parents:

@@ -1,9 +1,9 @@
 """The prompt once for all its answers: its keys and values, computed once and read by every answer.
 
-Causal attention lets a token see only what stands before it, so a prompt's hidden states do not depend on the answer that
-follows. Run prompts `[R, P]`, keep each block's keys and values, which are ordinary differentiable arrays, and run the
-answers `[R·K, C]` on top of them. The gradient of K answers flows back into one prompt pass as a sum: the same sum that K
-separate passes would have given.
+Causal attention lets a token see only what stands before it, so a prompt's hidden states do not depend on the answer
+that follows. Run prompts `[R, P]`, keep each block's keys and values, which are ordinary differentiable arrays, and run
+the answers `[R·K, C]` on top of them. The gradient of K answers flows back into one prompt pass as a sum: the same sum
+that K separate passes would have given.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ class PromptCache:
 class AnswerCache:
     """What a block sees as its cache while the answers are read: the prompts' keys and values stand before their own.
 
-    `width` is P, the prompts' padded length; `lengths [R·K]` are their real ones, which are the answers' position offset
-    too. A mask can be had before any prompt is read: models make it from the cache of a block that may be left out.
+    `width` is P, the prompts' padded length; `lengths [R·K]` are their real ones, which are the answers' position
+    offset too. A mask can be had before any prompt is read: models make it from the cache of a block that may be left
+    out.
     """
 
     def __init__(self, prompt: PromptCache, answers: int, width: int, lengths: np.ndarray) -> None:

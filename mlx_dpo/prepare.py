@@ -6,17 +6,20 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_dpo import lora, reference
 from mlx_dpo.arrays import Kind
-from mlx_dpo.config import LossConfig, RunConfig
+from mlx_dpo.config import LossConfig, RunConfig, SpeedConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.encode import TokenizedRow, encode_records
+from mlx_dpo.errors import ModelError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.model import LoadedModel, load
@@ -34,7 +37,7 @@ class Stage:
     scorer: Scorer
     rows: list[TokenizedRow]
     train_rows: int
-    reference: reference.Reference | None
+    reference: reference.Reference | FollowingReference | None
     kind: Kind
     total_steps: int
     difference: float  # of a token's log-prob between the speed levers and the plain path, nats
@@ -59,7 +62,9 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     for text in report.warnings(config.data.max_length):
         on_event(Warned(text))
     if len(rows) < config.train.batch_size:
-        on_event(Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all"))
+        on_event(
+            Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all")
+        )
     if kind == "unpaired":
         rows, valid = mismatched(rows), mismatched(valid)
 
@@ -74,18 +79,20 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     trunk = TrunkStore(everything, speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9) if speed.trunk else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
     known = None
-    if config.loss.reference != "none" and needs_reference(config.loss):
-        known = _reference(config, loaded, scorer, everything, on_event)
+    if needs_reference(config.loss):
+        known = _reference(config, loaded, scorer, adapter, everything, on_event)
     micro = math.ceil(len(rows) / config.train.batch_size)
-    steps = config.train.iters or math.ceil(config.train.epochs * math.ceil(micro / config.train.grad_accumulation_steps))
+    steps = config.train.iters or math.ceil(
+        config.train.epochs * math.ceil(micro / config.train.grad_accumulation_steps)
+    )
     mx.random.seed(config.train.seed)
     return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
 
 
 def kind_of(loss: LossConfig) -> Kind:
-    """The kind of rows that a loss is trained on."""
+    """The kind of rows that a loss is trained on: the one that loses nothing where it takes several."""
     kinds = accepted_kinds(loss)
-    return next(kind for kind in ("pair", "ranking", "unpaired", "demonstration") if kind in kinds)
+    return next(kind for kind in ("demonstration", "unpaired", "ranking", "pair") if kind in kinds)
 
 
 def mismatched(rows: list[TokenizedRow]) -> list[TokenizedRow]:
@@ -101,14 +108,43 @@ def _reference(
     config: RunConfig,
     loaded: LoadedModel,
     scorer: Scorer,
+    adapter: lora.Adapter,
     rows: list[TokenizedRow],
     on_event: OnEvent,
-) -> reference.Reference:
-    from_base = config.loss.reference == "base" or not config.model.adapter
+) -> reference.Reference | FollowingReference:
+    """log π_ref of every row, from the model that `loss.reference` names; a TR-DPO reference can move from there."""
+    wanted, size = config.loss.reference, config.train.batch_size
+    if wanted not in ("base", "start"):
+        other = _reference_model(config, loaded)
+        plain = Scorer(other.model, SpeedConfig(trunk=False, shared_prompt=False))
+        digest = reference.model_digest(other, with_adapter=True)
+        return reference.compute_reference(plain, rows, digest, batch_size=size, on_event=on_event)
+    from_base = wanted == "base" or not config.model.adapter
     digest = reference.model_digest(loaded, with_adapter=not from_base)
     with lora.switched_off(loaded.model) if from_base else nullcontext():
         loaded.model.eval()
-        return reference.compute_reference(scorer, rows, digest, batch_size=config.train.batch_size, on_event=on_event)
+        known = reference.compute_reference(scorer, rows, digest, batch_size=size, on_event=on_event)
+    if config.loss.ref_model_sync_steps is None:
+        return known
+    alpha = config.loss.ref_model_mixup_alpha
+    return FollowingReference(scorer, rows, adapter, known, alpha, from_base=from_base)
+
+
+def _reference_model(config: RunConfig, loaded: LoadedModel) -> LoadedModel:
+    """Another model, or the base with another adapter, by the folder or Hub name in `loss.reference`."""
+    wanted = config.loss.reference
+    if (Path(wanted).expanduser() / "adapter_config.json").is_file():
+        other = load(replace(config.model, adapter=None))
+        lora.load(other.model, wanted)
+    else:
+        other = load(replace(config.model, path=wanted, revision=None, adapter=None))
+        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+            raise ModelError(
+                f"--reference {wanted} has another tokenizer than {config.model.path}: ids mean other tokens",
+                "a reference must read the same tokens, as another size or stage of the same model family does",
+            )
+    other.model.eval()
+    return other
 
 
 def fingerprint(stage: Stage) -> dict[str, Any]:

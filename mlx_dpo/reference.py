@@ -22,7 +22,7 @@ from mlx_dpo.logprobs import Scorer
 from mlx_dpo.lora import parameters
 from mlx_dpo.model import LoadedModel
 
-Reference = list[list[np.ndarray]]
+Reference = Sequence[list[np.ndarray]]
 """For each row, for each answer: log π_ref of every completion token, float32."""
 
 
@@ -32,7 +32,7 @@ def cache_folder() -> Path:
 
 
 def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
-    """A name for the function that `loaded` computes: weights, configuration, form, device, and the adapter if it counts.
+    """A name for the function that `loaded` computes: weights, configuration, form, device, and its adapter if asked.
 
     Files are hashed by content. A digest is remembered by path, size and time of change, so a large model is read once.
     """
@@ -53,7 +53,7 @@ def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
 def compute_reference(
     scorer: Scorer, rows: Sequence[TokenizedRow], digest: str, *, batch_size: int, on_event: OnEvent = ignore
 ) -> Reference:
-    """Reference log-probs of all `rows`, from the store where it has them; the rest is computed and stored batch by batch.
+    """Reference log-probs of all `rows`, from the store or else computed and stored, batch by batch.
 
     The caller has put the model in the reference's state (adapter off, or the starting adapter) and in evaluation mode.
     An interruption loses at most one batch.

@@ -1,14 +1,16 @@
-"""Each lever is held against the plain path on rows of the data before it is trusted, and left out where it does not hold."""
+"""Each lever is held against the plain path on rows of the data before it is trusted, and left out where it does not
+hold."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
+from mlx_dpo.arrays import flat
 from mlx_dpo.batching import Batch, length, make_batch
 from mlx_dpo.config import SpeedConfig
 from mlx_dpo.encode import TokenizedRow
@@ -28,8 +30,9 @@ def settle(
     checkpoint: bool = False,
     on_event: OnEvent = ignore,
 ) -> tuple[SpeedConfig, float]:
-    """The levers of `speed` that give the plain path's log-probs and gradients on two short rows of unequal prompts, and
-    the largest difference of a token's log-prob.
+    """The levers of `speed` that give the plain path's log-probs and gradients on two short rows of unequal prompts.
+
+    With them comes the largest difference of a token's log-prob, nats.
 
     What does not hold is switched off with a warning that says why; the plain path is what is left in the end.
     """
@@ -46,10 +49,12 @@ def settle(
         try:
             scorer(batch, gradient=False)  # fills the trunk
             found, gradient = _measure(model, batch, scorer)
-        except Exception as error:  # a model may do anything with a cache or a block it did not make: then it is left out
+        except (
+            Exception
+        ) as error:  # a model may do anything with a cache or a block it did not make: then it is left out
             complaint = complaint or f"{type(error).__name__}: {error}"
             continue
-        difference = mx.abs(found - expected).max().item()
+        difference = float(mx.abs(found - expected).max())
         relative = _relative(gradient, expected_gradient)
         if difference <= tolerance and relative <= 10 * tolerance:
             off = [name for name in on if not getattr(candidate, name)]
@@ -72,17 +77,19 @@ def _measure(model: nn.Module, batch: Batch, scorer: Scorer | None) -> tuple[mx.
 
     (_, logps), gradient = nn.value_and_grad(model, objective)(model)
     mx.eval(logps, gradient)
-    return logps, dict(tree_flatten(gradient))
+    return logps, flat(gradient)
 
 
 def _relative(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
     """‖found − expected‖ / ‖expected‖ over all parameters."""
-    difference = sum(((found[name] - value).astype(mx.float32) ** 2).sum().item() for name, value in expected.items())
-    norm = sum((value.astype(mx.float32) ** 2).sum().item() for value in expected.values())
-    return float((difference / norm) ** 0.5) if norm else 0.0
+    difference = sum(
+        float(mx.square((found[name] - value).astype(mx.float32)).sum()) for name, value in expected.items()
+    )
+    norm = sum(float(mx.square(value.astype(mx.float32)).sum()) for value in expected.values())
+    return math.sqrt(difference / norm) if norm else 0.0
 
 
 def _dtype(model: nn.Module) -> mx.Dtype:
     return next(
-        (value.dtype for name, value in tree_flatten(model.parameters()) if name.endswith("norm.weight")), mx.float32
+        (value.dtype for name, value in flat(model.parameters()).items() if name.endswith("norm.weight")), mx.float32
     )

@@ -11,15 +11,17 @@ from pathlib import Path
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from mlx_dpo import reference
+from mlx_dpo.arrays import flat
 from mlx_dpo.batching import Batch, make_batch, order_batches, padding_share
 from mlx_dpo.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.config import RunConfig
 from mlx_dpo.errors import RunError
 from mlx_dpo.evaluate import evaluate_rows, labels
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
+from mlx_dpo.following import FollowingReference
 from mlx_dpo.interrupt import deferred_interrupt
 from mlx_dpo.logprobs import LEVERS, STATS
 from mlx_dpo.losses import check_loss_config, compute_loss
@@ -29,10 +31,15 @@ from mlx_dpo.prepare import Stage, fingerprint, prepare
 from mlx_dpo.run import RunFolder, open_run
 from mlx_dpo.settings import to_yaml
 
+FALL = 0.1
+"""Share of its size by which the chosen answers' log-prob may fall before the run warns."""
+
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. `evaluations` are the held-out metrics, with their `step`, from before the first step to the end."""
+    """How a run ended. `evaluations` are the held-out metrics, with their `step`, from before the first step to the
+    end.
+    """
 
     output: Path
     steps: int
@@ -92,14 +99,15 @@ def _make_step(
     stage: Stage, optimizer: optimizers.Optimizer
 ) -> Callable[[list[list[int]], float, Progress], dict[str, float]]:
     """One optimizer step over micro-batches: gradients weighted by rows, clipped, applied; gives the metrics."""
-    config, model = stage.config, stage.loaded.model
+    config, model, following = stage.config, stage.loaded.model, _following(stage)
     stats = STATS if config.train.token_metrics else ()
     if config.loss.use_weighting and "log_sum_p2" not in stats:
         stats = (*stats, "log_sum_p2")
 
-    def objective(model: nn.Module, batch: Batch, weight: float) -> tuple[mx.array, Sums, list[mx.array] | None]:
+    def objective(
+        model: nn.Module, batch: Batch, base: mx.array | None, weight: float
+    ) -> tuple[mx.array, Sums, list[mx.array] | None]:
         policy, states = stage.scorer.score(batch, stats, gradient=True)
-        base = reference.reference_batch(stage.reference, batch) if stage.reference is not None else None
         mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, stage.kind)
         output = compute_loss(policy, base, mask, rank, label, config.loss)
         return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind), states
@@ -113,9 +121,12 @@ def _make_step(
         gradients, parts = None, []
         for places in micro_batches:
             batch = make_batch([stage.rows[i] for i in places], places)
-            (_, sums, states), fresh = gradient_of(model, batch, len(places) / total)
+            base = reference.reference_batch(stage.reference, batch) if stage.reference is not None else None
+            (_, sums, states), fresh = gradient_of(model, batch, base, len(places) / total)
             gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
-            mx.eval(gradients, sums, states)  # here, so that one micro-batch's activations are gone before the next one's
+            mx.eval(
+                gradients, sums, states
+            )  # here, so that one micro-batch's activations are gone before the next one's
             stage.scorer.keep(batch, states)
             parts.append(sums)
             progress.tokens += int(batch.tokens_length.sum())
@@ -124,12 +135,14 @@ def _make_step(
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
         progress.step += 1
+        if following is not None and progress.step % (config.loss.ref_model_sync_steps or 1) == 0:
+            following.follow()
         progress.seconds += time.perf_counter() - began
         metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise RunError(
-                f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; nothing was saved of it",
-                "lower --learning-rate, or look at the rows with `mlx-dpo check`; --resume goes on from the last checkpoint",
+                f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; not saved",
+                "lower --learning-rate, or look at the rows with `mlx-dpo check`; --resume goes on from a checkpoint",
             )
         return metrics
 
@@ -139,7 +152,9 @@ def _make_step(
 def _next_batches(stage: Stage, progress: Progress) -> list[list[int]]:
     """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
     train = stage.config.train
-    batches = order_batches(stage.rows[: stage.train_rows], train.batch_size, seed=train.seed, epoch=progress.epoch, shuffle=train.shuffle)
+    batches = order_batches(
+        stage.rows[: stage.train_rows], train.batch_size, seed=train.seed, epoch=progress.epoch, shuffle=train.shuffle
+    )
     taken = batches[progress.position : progress.position + train.grad_accumulation_steps]
     progress.position += len(taken)
     if progress.position == len(batches):
@@ -169,8 +184,9 @@ def _check_first_step(stage: Stage, metrics: dict[str, float], on_event: OnEvent
     if same and drift > 1e-3:
         on_event(
             Warned(
-                f"before the first update policy and reference should be one function, but differ (KL {drift:.2g} a token, "
-                f"loss {metrics['loss']:.4f}): the model is not deterministic, or the reference cache belongs to other weights"
+                "before the first update policy and reference should be one function, but differ "
+                f"(KL {drift:.2g} a token, loss {metrics['loss']:.4f}): the model is not deterministic, or the "
+                "reference cache belongs to other weights"
             )
         )
 
@@ -184,6 +200,10 @@ def _evaluate(stage: Stage, run: RunFolder, progress: Progress, on_event: OnEven
         stage.scorer, stage.rows, stage.reference, stage.config.loss, stage.kind,
         batch_size=stage.config.train.batch_size, places=stage.held_out, on_event=on_event,
     )  # fmt: skip
+    if "logps/chosen" in found and stage.kind in ("pair", "ranking"):
+        start = progress.evaluations[0]["logps/chosen"] if progress.evaluations else found["logps/chosen"]
+        found["logps/chosen_drift"] = found["logps/chosen"] - start
+        _warn_of_drift(progress, found, on_event)
     progress.evaluations.append({"step": float(progress.step)} | found)
     best = progress.step > 0 and (progress.best is None or found["loss"] < progress.best["loss"])
     if best:
@@ -203,21 +223,32 @@ def _where_to_begin(stage: Stage, run: RunFolder, optimizer: optimizers.Optimize
         progress = Progress(fingerprint=settings)
     else:
         progress = restore_checkpoint(checkpoints[-1], stage.loaded.model, optimizer, settings)
+        if (following := _following(stage)) is not None:
+            following.restore(checkpoints[-1])
     run.keep_metrics_until(progress.step if checkpoints else -1)
     return progress
+
+
+def _following(stage: Stage) -> FollowingReference | None:
+    return stage.reference if isinstance(stage.reference, FollowingReference) else None
 
 
 def _facts(stage: Stage) -> dict[str, str]:
     """What people want to know before the first step."""
     config = stage.config
     batches = order_batches(
-        stage.rows[: stage.train_rows], config.train.batch_size, seed=config.train.seed, epoch=0, shuffle=config.train.shuffle
+        stage.rows[: stage.train_rows],
+        config.train.batch_size,
+        seed=config.train.seed,
+        epoch=0,
+        shuffle=config.train.shuffle,
     )
-    trained = sum(value.size for _, value in tree_flatten(stage.loaded.model.trainable_parameters()))
+    trained = sum(value.size for value in flat(stage.loaded.model.trainable_parameters()).values())
     adapter = stage.adapter
     return {
         "model": f"{stage.loaded.name} ({stage.loaded.form})",
-        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, {trained / 1e6:.2f} M parameters",
+        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, "
+        f"{trained / 1e6:.2f} M parameters",
         "loss": f"{config.loss.type}, β {config.loss.beta:g}",
         "reference": _reference_in_words(stage),
         "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
@@ -235,20 +266,36 @@ def _speed_in_words(stage: Stage) -> str:
 def _reference_in_words(stage: Stage) -> str:
     if stage.reference is None:
         return "none"
-    start = stage.config.model.adapter
+    start, loss = stage.config.model.adapter, stage.config.loss
+    moves = f", following the policy every {loss.ref_model_sync_steps} steps" if loss.ref_model_sync_steps else ""
+    if loss.reference not in ("base", "start"):
+        return loss.reference
     if not start:
-        return "base model (adapter off), which a fresh adapter equals"
-    return f"the starting adapter {start}" if stage.config.loss.reference == "start" else "base model (adapter off)"
+        return "base model (adapter off), which a fresh adapter equals" + moves
+    return (f"the starting adapter {start}" if loss.reference == "start" else "base model (adapter off)") + moves
 
 
-def _save(
-    stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, progress: Progress, on_event: OnEvent
-) -> None:
+def _save(stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, progress: Progress, on_event: OnEvent) -> None:
     path = save_checkpoint(
         run, stage.loaded.model, stage.adapter, optimizer, progress,
-        base=stage.loaded.name, keep=stage.config.train.keep_checkpoints,
+        base=stage.loaded.name, keep=stage.config.train.keep_checkpoints, reference=_following(stage),
     )  # fmt: skip
     on_event(Saved(progress.step, path))
+
+
+def _warn_of_drift(progress: Progress, found: dict[str, float], on_event: OnEvent) -> None:
+    """Says once, while it happens, that the chosen answers become less likely, and what people do about it."""
+    drift, start = found["logps/chosen_drift"], found["logps/chosen"] - found["logps/chosen_drift"]
+    if drift < -FALL * abs(start) and not progress.warned_of_drift:
+        progress.warned_of_drift = True
+        on_event(
+            Warned(
+                f"held-out chosen answers have become less likely: log-prob {start:.1f} → "
+                f"{found['logps/chosen']:.1f}. The margin can grow while both fall, since DPO sees their difference alone. If answers get worse or "
+                "longer: add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
+                "(--loss sigmoid_norm), or take smaller steps (a lower --learning-rate, a higher --beta)"
+            )
+        )
 
 
 def _write_final(stage: Stage, run: RunFolder, progress: Progress) -> None:

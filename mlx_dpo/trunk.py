@@ -13,8 +13,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
+from mlx_dpo.arrays import flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.encode import TokenizedRow
 
@@ -22,14 +22,14 @@ BITS = {2: mx.uint16, 4: mx.uint32}
 """How half and single precision are kept on the host, which has no bfloat16."""
 
 Pieces = tuple[tuple[int, ...], list[tuple[int, int, int, int, int]]]
-"""An array's shape `[lines, columns]`, and what lies where in it: line, first column, row of the batch, first token of the
-row's states, number of tokens."""
+"""An array's shape `[lines, columns]`, and what lies where in it: line, first column, row of the batch, first token of
+the row's states, number of tokens."""
 
 
 def first_adapted(model: nn.Module) -> int:
     """The index of the lowest block with a trainable parameter: as many frozen ones lie below it."""
     blocks = list(model.layers)
-    return next((i for i, block in enumerate(blocks) if tree_flatten(block.trainable_parameters())), len(blocks))
+    return next((i for i, block in enumerate(blocks) if flat(block.trainable_parameters())), len(blocks))
 
 
 def plan_rows(rows: Sequence[TokenizedRow], bytes_per_token: int, memory: float, disk: float) -> tuple[int, bool]:
@@ -40,7 +40,7 @@ def plan_rows(rows: Sequence[TokenizedRow], bytes_per_token: int, memory: float,
 
 
 def row_tokens(row: TokenizedRow) -> int:
-    """Tokens of a row whose states are kept: the prompt once, and each answer but its last token, which is never read."""
+    """Tokens of a row whose states are kept: the prompt once, and each answer without its last token."""
     return len(row.prompt) + sum(len(ids) - 1 for ids in row.completions)
 
 
@@ -102,7 +102,7 @@ class TrunkStore:
         shape = (int(self._start[self.kept_rows]), hidden)
         bits = np.uint16 if size == 2 else np.uint32
         if self.on_disk and shape[0]:
-            with tempfile.TemporaryFile(prefix="mlx_dpo-trunk-") as file:  # the map outlives it, and nothing is left after
+            with tempfile.TemporaryFile(prefix="mlx_dpo-trunk-") as file:  # the map outlives it
                 self._states = np.memmap(file, bits, "w+", shape=shape)
         else:
             self._states = np.empty(shape, bits)

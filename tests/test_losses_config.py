@@ -20,6 +20,7 @@ from mlx_dpo.losses import (
     parse_mix,
     row_separable,
 )
+from mlx_dpo.losses.table import REFERENCE
 
 
 def refusal(**options: Any) -> str:
@@ -60,6 +61,8 @@ def test_every_loss_goes_with_its_defaults_unless_it_needs_label_smoothing(name:
 GIVEN: dict[str, Any] = {
     "beta": 0.3,
     "reference": "start",
+    "ref_model_sync_steps": 10,
+    "ref_model_mixup_alpha": 0.4,
     "label_smoothing": 0.2,
     "f_divergence_type": "alpha_divergence",
     "f_alpha_divergence_coef": 0.3,
@@ -112,7 +115,7 @@ def test_what_the_table_says_a_loss_reads_is_what_changes_it(name: str) -> None:
         alpha = {"f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.3}
         changed |= {"f_alpha_divergence_coef"} if loss(**alpha) != loss(f_divergence_type="alpha_divergence") else set()
     # Which reference it is, the trainer reads. LD-DPO's weights are in every sum, and refused where they mean nothing.
-    assert spec.options - {"reference"} <= changed
+    assert spec.options - REFERENCE <= changed
     assert changed - spec.options <= {"ld_alpha"}
 
 

@@ -1,4 +1,4 @@
-"""Every lever is exact: the same log-probs and gradients as the plain path, for every architecture, alone and together."""
+"""Every lever is exact: log-probs and gradients of the plain path, for every architecture, alone and together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from conftest import TINY_MODELS, tiny_model_folder
 from mlx.utils import tree_flatten
 
+from conftest import TINY_MODELS, tiny_model_folder
 from mlx_dpo import lora
 from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.config import LoraConfig, ModelConfig, SpeedConfig
@@ -23,7 +23,8 @@ from mlx_dpo.speed import settle
 from mlx_dpo.trunk import TrunkStore, plan_rows
 
 NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
-"""State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row."""
+"""State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row.
+"""
 OFF = SpeedConfig(**dict.fromkeys(LEVERS, False))
 
 
@@ -59,7 +60,9 @@ def adapted_model(folder: Path, arch: str, num_layers: int = 2) -> tuple[nn.Modu
     return loaded.model, len(loaded.tokenizer)
 
 
-def measure(model: nn.Module, batch: Batch, scorer: Scorer | None, *, training: bool = False) -> tuple[mx.array, mx.array]:
+def measure(
+    model: nn.Module, batch: Batch, scorer: Scorer | None, *, training: bool = False
+) -> tuple[mx.array, mx.array]:
     """Token log-probs, and the gradient of their sum under fixed random weights as one vector."""
     model.train(training)
     weight = mx.random.normal(batch.mask.shape, key=mx.random.key(7)) * mx.array(batch.mask)
@@ -170,7 +173,10 @@ def test_statistics_are_the_plain_paths_too(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "gemma2")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
-    plain, fast = plain_logps(model, batch, STATS), Scorer(model, SpeedConfig(shared_prompt=False))(batch, STATS, gradient=True)
+    plain, fast = (
+        plain_logps(model, batch, STATS),
+        Scorer(model, SpeedConfig(shared_prompt=False))(batch, STATS, gradient=True),
+    )
     for name in STATS:
         np.testing.assert_allclose(np.array(getattr(fast, name)), np.array(getattr(plain, name)), atol=1e-4)
 
@@ -192,15 +198,21 @@ def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, 
     speed, difference = settle(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
     assert speed == SpeedConfig(shared_prompt=arch == "llama")
     assert difference < 1e-4
-    assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (arch == "mamba2")
+    assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (
+        arch == "mamba2"
+    )
 
 
-def test_settle_does_not_trust_a_lever_that_gives_other_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settle_does_not_trust_a_lever_that_gives_other_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mlx_dpo.prefix import AnswerCache
 
     model, vocabulary = adapted_model(tmp_path, "llama")
     honest = AnswerCache.make_mask
-    monkeypatch.setattr(AnswerCache, "make_mask", lambda self, n, *a, **k: honest(self, n, *a, **k) & (mx.arange(self.width + n) > 0))
+    monkeypatch.setattr(
+        AnswerCache, "make_mask", lambda self, n, *a, **k: honest(self, n, *a, **k) & (mx.arange(self.width + n) > 0)
+    )
     said: list[object] = []
     rows = [row for row in random_rows(vocabulary) if len(row.prompt) > 3]
     speed, _ = settle(model, rows, SpeedConfig(), on_event=said.append)

@@ -134,6 +134,16 @@ def _out_of_range(config: LossConfig, terms: tuple[Term, ...]) -> list[str]:
             config.f_alpha_divergence_coef != LossConfig.f_alpha_divergence_coef
             and config.f_divergence_type != "alpha_divergence"
         ),
+        "ref_model_sync_steps must be positive": (
+            config.ref_model_sync_steps is not None and config.ref_model_sync_steps < 1
+        ),
+        "ref_model_mixup_alpha must lie in (0, 1]": not 0 < config.ref_model_mixup_alpha <= 1,
+        "ref_model_mixup_alpha is used with ref_model_sync_steps only": (
+            config.ref_model_mixup_alpha != LossConfig.ref_model_mixup_alpha and config.ref_model_sync_steps is None
+        ),
+        f"a reference that follows the policy starts from base or start, not from {config.reference}": (
+            config.ref_model_sync_steps is not None and config.reference not in ("base", "start")
+        ),
         f"reference none leaves {', '.join(tied)} nothing to measure from": config.reference == "none" and tied,
         f"{config.f_divergence_type} is a divergence from a reference, and reference is none": (
             config.reference == "none" and divergent

@@ -13,10 +13,11 @@ from mlx_dpo.config import LossConfig
 from mlx_dpo.losses import demonstration, pair, ranking, reference_free, unpaired
 from mlx_dpo.losses.views import ACCEPTS
 
-PAIR = frozenset({"beta", "reference", "ld_alpha", "use_weighting"})
+REFERENCE = frozenset({"reference", "ref_model_sync_steps", "ref_model_mixup_alpha"})
+PAIR = REFERENCE | {"beta", "ld_alpha", "use_weighting"}
 MARGIN = PAIR | {"f_divergence_type", "f_alpha_divergence_coef"}
 CPO = frozenset({"beta", "cpo_alpha", "alphapo_alpha"})
-KTO = frozenset({"beta", "reference", "desirable_weight", "undesirable_weight"})
+KTO = REFERENCE | {"beta", "desirable_weight", "undesirable_weight"}
 
 
 def implicit_reward(logps: mx.array, reference: mx.array, length: mx.array, config: LossConfig) -> mx.array:
@@ -124,7 +125,7 @@ LOSSES: dict[str, LossSpec] = {
         reward=reference_free.mean_reward,
     ),
     "plackett_luce": LossSpec(
-        fn=ranking.plackett_luce, kind="ranking", reference="optional", options=frozenset({"beta", "reference"})
+        fn=ranking.plackett_luce, kind="ranking", reference="optional", options=REFERENCE | {"beta"}
     ),
     "kto": LossSpec(fn=unpaired.kto, kind="unpaired", mean_over="batch", options=KTO),
     "apo_zero_unpaired": LossSpec(fn=unpaired.apo_zero_unpaired, kind="unpaired", options=KTO),
