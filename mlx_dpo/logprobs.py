@@ -8,7 +8,7 @@ runs on the positions that predict a completion token and on no other, in chunks
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -215,7 +215,7 @@ def head_logps(
         hidden, target = primals
         return (cotangent[:, :1] * out[:, width:]).astype(hidden.dtype), mx.zeros_like(target)
 
-    values: mx.array = score(hidden, target)
+    values = cast(mx.array, score(hidden, target))
     return values[:, :width]
 
 

@@ -290,9 +290,9 @@ def _warn_of_drift(progress: Progress, found: dict[str, float], on_event: OnEven
         progress.warned_of_drift = True
         on_event(
             Warned(
-                f"held-out chosen answers have become less likely: log-prob {start:.1f} → "
-                f"{found['logps/chosen']:.1f}. The margin can grow while both fall, since DPO sees their difference alone. If answers get worse or "
-                "longer: add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
+                f"held-out chosen answers have become less likely: log-prob {start:.1f} → {found['logps/chosen']:.1f}. "
+                "The margin can grow while both fall: DPO sees their difference alone. If answers get worse or longer, "
+                "add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
                 "(--loss sigmoid_norm), or take smaller steps (a lower --learning-rate, a higher --beta)"
             )
         )
