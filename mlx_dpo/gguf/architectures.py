@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 LLAMA_BLOCK = {
@@ -47,6 +49,8 @@ COMMON_SETTINGS = {
     "rope.freq_base": "rope_theta",
 }
 SLIDING = {"attention.sliding_window": "sliding_window"}
+
+LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,3 +164,15 @@ def to_gguf_name(architecture: Architecture, name: str) -> str | None:
         if part == mlx_name:
             return f"blk.{layer}.{gguf_name}.{kind}"
     return None
+
+
+def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
+    """What each of `[head_dim / 2]` rotary frequencies is divided by in Llama 3's scaling (the tensor `rope_freqs`).
+
+    Wavelengths beyond original/low are stretched by `factor`, those below original/high stay, the rest are blended.
+    """
+    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
+    original = scaling["original_max_position_embeddings"]
+    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)

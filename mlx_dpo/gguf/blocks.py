@@ -65,3 +65,53 @@ def interleave_rope(rows: Any, heads: int) -> Any:
 def separate_rope(rows: Any, heads: int) -> Any:
     """The reverse of `interleave_rope`: from neighbours (ggml) to halves (Hugging Face)."""
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+
+
+def unpack_affine(packed: np.ndarray, bits: int) -> np.ndarray:
+    """The reverse of `pack_affine`: unsigned q, uint8 `[..., columns]`."""
+    rows = np.ascontiguousarray(packed).reshape(-1, packed.shape[-1]).view(np.uint8)
+    if bits == 8:
+        q = rows
+    elif bits == 4:
+        q = np.stack([rows & 0x0F, rows >> 4], axis=-1).reshape(rows.shape[0], -1)
+    else:
+        planes = np.unpackbits(rows, axis=-1, bitorder="little").reshape(rows.shape[0], -1, bits)
+        q = np.packbits(planes, axis=-1, bitorder="little")[..., 0]
+    return q.reshape(*packed.shape[:-1], -1)
+
+
+def exact_kind(bits: int, group_size: int, mode: str, scale: np.ndarray, bias: np.ndarray) -> str | None:
+    """The ggml kind that holds an affine-quantized matrix with no weight changed; None where there is none.
+
+    `scale` and `bias` are float32 `[..., groups]`. ggml keeps them in float16, so each must have one; Q8_0 keeps no
+    bias, so it must be -128 · scale.
+    """
+    if mode != "affine" or group_size % GROUP or bits not in (4, 5, 8):
+        return None
+    if not np.array_equal(scale.astype(np.float16).astype(np.float32), scale):
+        return None
+    if bits == 8:
+        return "Q8_0" if np.array_equal(bias, -128 * scale) else None
+    return f"Q{bits}_1" if np.array_equal(bias.astype(np.float16).astype(np.float32), bias) else None
+
+
+def pack_blocks(q: np.ndarray, scale: np.ndarray, bias: np.ndarray, kind: str) -> np.ndarray:
+    """Put ggml blocks together, uint8 `[..., bytes of a row]`: the reverse of `unpack_blocks`.
+
+    `kind` is one that `exact_kind` gave; groups of 64 or 128 weights are cut into blocks of 32 with the same scale.
+    """
+    blocks = q.reshape(*q.shape[:-1], -1, GROUP)
+    repeat = blocks.shape[-2] // scale.shape[-1]
+
+    def halves(values: np.ndarray) -> np.ndarray:
+        return np.repeat(values.astype(np.float16), repeat, axis=-1)[..., None].view(np.uint8)
+
+    parts = [halves(scale)] if kind == "Q8_0" else [halves(scale), halves(bias)]
+    if kind == "Q8_0":
+        parts.append(blocks ^ 0x80)
+    else:
+        if kind == "Q5_1":
+            parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
+        parts.append((blocks[..., :16] & 0x0F) | (blocks[..., 16:] << 4))
+    joined = np.concatenate(parts, axis=-1)
+    return joined.reshape(*q.shape[:-1], -1)

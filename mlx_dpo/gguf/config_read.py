@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.gguf.architectures import ARCHITECTURES
-
-LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+from mlx_dpo.gguf.architectures import ARCHITECTURES, LLAMA3_DEFAULTS, llama3_factors
 
 
 def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,18 +82,6 @@ def _rope_scaling(
         f"The GGUF file scales its rotary embedding by {kind!r}, which is not read here.",
         "Give the original model's folder or Hub name instead of the GGUF file.",
     )
-
-
-def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:
-    """What each of `[head_dim / 2]` rotary frequencies is divided by in Llama 3's scaling (the tensor `rope_freqs`).
-
-    Wavelengths beyond original/low are stretched by `factor`, those below original/high stay, the rest are blended.
-    """
-    wavelength = 2 * np.pi * theta ** (np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    low, high, factor = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["factor"]
-    original = scaling["original_max_position_embeddings"]
-    smooth = np.clip((original / wavelength - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def _llama3_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:

@@ -1,0 +1,166 @@
+"""The base model's folder as an export reads it: settings, and tensors one at a time, without loading the model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_dpo.errors import ModelError
+from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture
+
+NOT_OF_THE_TEXT_MODEL = ("vision_tower.", "multi_modal_projector.")
+EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How one matrix is quantized: `mode` is one of MLX's, affine or a micro-scaling one."""
+
+    bits: int
+    group_size: int
+    mode: str
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened model folder. Tensor names are those of the text model in mlx-lm, whatever the folder's prefix."""
+
+    folder: Path
+    architecture: Architecture
+    model_type: str
+    config: Mapping[str, Any]  # of the text model
+    args: Any  # mlx-lm's ModelArgs: the config with mlx-lm's defaults
+    shapes: Mapping[str, tuple[int, ...]]  # of the model's parameters, not quantized
+    files: Mapping[str, list[tuple[Path, str]]]  # where each tensor lies; several: to be stacked
+    prefix: str  # what names of adapter modules begin with beside the text model's names
+
+    def setting(self, key: str) -> Any:
+        """A setting as mlx-lm's model has it, else as config.json says; None when neither knows it."""
+        value = getattr(self.args, key, None)
+        return self.config.get(key) if value is None else value
+
+    def array(self, name: str) -> mx.array:
+        """One tensor, loaded now and not kept."""
+        parts = [load_tensors(file)[key] for file, key in self.files[name]]
+        return parts[0] if len(parts) == 1 else mx.stack(parts)
+
+    def quantization(self, name: str) -> Quantization | None:
+        """How the weight `name` is quantized; None when it is not."""
+        module = name.removesuffix(".weight")
+        if not name.endswith(".weight") or f"{module}.scales" not in self.files:
+            return None
+        columns = self.shapes[name][-1]
+        scales = self.array(f"{module}.scales")
+        said = self.config.get("quantization") or {}
+        mode = {**said, **(said.get(self.prefix + module) or {})}.get("mode", "affine")
+        return Quantization(self.array(name).shape[-1] * 32 // columns, columns // scales.shape[-1], mode)
+
+    def dense(self, name: str) -> np.ndarray:
+        """One tensor in float32, dequantized in float32."""
+        weight, how = self.array(name), self.quantization(name)
+        if how is not None:
+            module = name.removesuffix(".weight")
+            scales = self.array(f"{module}.scales")
+            biases = self.array(f"{module}.biases").astype(mx.float32) if how.mode == "affine" else None
+            scales = scales.astype(mx.float32) if how.mode == "affine" else scales
+            weight = mx.dequantize(
+                weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode, dtype=mx.float32
+            )
+        return np.array(weight.astype(mx.float32))
+
+
+def open_base(folder: str | Path) -> Base:
+    """Open a folder that mlx-lm loads, of an architecture in the table.
+
+    Raises ModelError, with another way, for other architectures, for quantization that is not MLX's, and for tensors
+    that are missing or have no place.
+    """
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    quantized_elsewhere = "quantization" not in config and config.get("quantization_config")
+    quantization = config.get("quantization")
+    prefix = ""
+    if "text_config" in config:
+        prefix = "language_model."
+        vocab_size = {"vocab_size": config["vocab_size"]} if "vocab_size" in config else {}
+        config = {**config["text_config"], **vocab_size, "quantization": quantization}
+    model_type = config.get("model_type", "")
+    if model_type not in ARCHITECTURES:
+        raise ModelError(
+            f"{folder}: models of type {model_type!r} are not written as GGUF here; those that are: "
+            f"{', '.join(ARCHITECTURES)}.",
+            "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then run llama.cpp's converter on it: "
+            "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf",
+        )
+    if quantized_elsewhere:
+        raise ModelError(
+            f"{folder} is quantized in the format {quantized_elsewhere.get('quant_method')!r}, which is not MLX's.",
+            "Turn it into an MLX folder first: mlx_lm.convert --hf-path FOLDER --mlx-path NEW_FOLDER",
+        )
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(model_type, model_type))
+    args = module.ModelArgs.from_dict(config)
+    # Arrays of a model just made are lazy: this takes their shapes and no memory.
+    parameters = dict(tree_flatten(module.Model(args).parameters()))
+    shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in parameters.items()}
+    files = _find_tensors(folder, prefix)
+    _check_names(folder, shapes, files)
+    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
+
+
+def load_tensors(file: Path) -> dict[str, mx.array]:
+    """The tensors of a safetensors file; each is read when it is first used."""
+    loaded = mx.load(str(file))
+    if not isinstance(loaded, dict):
+        raise ModelError(f"{file} is no safetensors file.", "Download it again.")
+    return loaded
+
+
+def _find_tensors(folder: Path, prefix: str) -> dict[str, list[tuple[Path, str]]]:
+    found: dict[str, list[tuple[Path, str]]] = {}
+    experts: dict[str, dict[int, tuple[Path, str]]] = {}
+    for file in sorted(folder.glob("model*.safetensors")):
+        for key in load_tensors(file):
+            name = key.removeprefix(prefix)
+            if key.startswith(NOT_OF_THE_TEXT_MODEL) or "rotary_emb.inv_freq" in key:
+                continue
+            if match := EXPERT.fullmatch(name):
+                stacked = f"{match[1]}.switch_mlp.{match[3]}.weight"
+                experts.setdefault(stacked, {})[int(match[2])] = (file, key)
+            else:
+                found[name] = [(file, key)]
+    return found | {name: [parts[i] for i in sorted(parts)] for name, parts in experts.items()}
+
+
+def _check_names(
+    folder: Path, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, list[tuple[Path, str]]]
+) -> None:
+    if not files:
+        raise ModelError(f"{folder} holds no model*.safetensors.", "Give the folder of a model.")
+    missing = [name for name in shapes if name not in files and name != "lm_head.weight"]
+    strange = [name for name in files if name not in shapes and not name.endswith((".scales", ".biases"))]
+    strange = [name for name in strange if name != "lm_head.weight"]  # a tied model's copy of its embedding
+    wrong = [f"lacks {', '.join(missing[:5])}"] * bool(missing) + [f"has {', '.join(strange[:5])}"] * bool(strange)
+    if wrong:
+        raise ModelError(
+            f"{folder} {' and '.join(wrong)} against what its config.json describes ({len(missing)} tensors missing, "
+            f"{len(strange)} without a place).",
+            "Give a complete folder that mlx-lm loads.",
+        )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ModelError(f"{path} cannot be read: {error}", "Give the folder of a model that mlx-lm loads.") from error

@@ -1,0 +1,257 @@
+"""GGUF files from an MLX model folder and an adapter folder, one tensor in memory at a time."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.gguf.adapter_read import LoraFolder, read_lora
+from mlx_dpo.gguf.architectures import to_gguf_name
+from mlx_dpo.gguf.base import Base, open_base
+from mlx_dpo.gguf.blocks import GROUP, exact_kind, interleave_rope, pack_blocks, unpack_affine
+from mlx_dpo.gguf.config_write import write_config
+from mlx_dpo.gguf.package import gguf_package
+from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
+
+Progress = Callable[[int, int], None]
+"""Called with the number of tensors done and the number of all."""
+
+AdapterType = Literal["f32", "f16"]
+ModelType = Literal["f16", "f32", "bf16", "q8_0", "q4_1"]
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_1": 3, "q8_0": 7, "bf16": 32}  # general.file_type
+STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportReport:
+    """What a GGUF file holds."""
+
+    path: Path
+    bytes: int
+    tensors: dict[str, int]  # how many of each ggml type
+    adapted: int  # matrices that the adapter changed, or that the adapter file holds
+    not_exact: tuple[str, ...] = ()  # with q4_1: quantized matrices that ggml has no exact kind for, written as F16
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor to be written: `make` computes it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str  # name of the ggml type
+    make: Callable[[], np.ndarray]
+
+
+def export_adapter_gguf(
+    base_folder: str | Path,
+    adapter_folder: str | Path,
+    out: str | Path,
+    dtype: AdapterType = "f32",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write an mlx-lm adapter as a GGUF file for `llama.cpp --lora`, beside a GGUF file of the same base.
+
+    Raises ModelError for an adapter that llama.cpp cannot take or a base that is not in the table, with the other way;
+    UsageError when `out` exists.
+    """
+    base = open_base(base_folder)
+    adapter = read_lora(adapter_folder, base)
+    kind = dtype.upper()
+    planned = []
+    for module in adapter.modules:
+        name = to_gguf_name(base.architecture, f"{module}.weight")
+        for half, matrix in zip("ab", adapter.matrices(module), strict=True):
+            planned.append(Planned(f"{name}.lora_{half}", matrix.shape, kind, _half(base, adapter, module, half, kind)))
+    with _writer(Path(out), base.architecture.gguf) as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
+        writer.add_name(f"{base.folder.name} adapter")
+        report = _write(writer, Path(out), planned, len(adapter.modules), progress)
+    return report
+
+
+def export_model_gguf(
+    base_folder: str | Path,
+    adapter_folder: str | Path | None,
+    out: str | Path,
+    outtype: ModelType = "f16",
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a model, with an adapter fused into it in float32, as a GGUF file.
+
+    `q4_1` keeps the base's own bits wherever ggml has a kind that holds them exactly (4-bit affine as Q4_1, 5-bit as
+    Q5_1, 8-bit as Q8_0 where it fits, and 16-bit as it is); adapted matrices become F16, since requantizing them would
+    round the tuning away. In the other types every matrix gets that type; vectors and routers stay F32.
+    Raises ModelError for what llama.cpp would compute otherwise, with the other way; UsageError when `out` exists or
+    when q4_1 is asked of a base that is not quantized.
+    """
+    base = open_base(base_folder)
+    adapter = read_lora(adapter_folder, base) if adapter_folder is not None else None
+    settings, rope_tensors = write_config(base)
+    if outtype == "q4_1" and not any(name.endswith(".scales") for name in base.files):
+        raise UsageError(f"{base.folder} is not quantized: there are no 4-bit weights to keep.", "Use q8_0 or f16.")
+    planned = [Planned(name, values.shape, "F32", _constant(values)) for name, values in rope_tensors.items()]
+    not_exact = []
+    for name in (name for name in base.shapes if name in base.files):
+        adapted = adapter is not None and name.removesuffix(".weight") in adapter.modules
+        kind, repack = _kind(base, name, outtype, adapted)
+        if outtype == "q4_1" and base.quantization(name) and not repack and not adapted:
+            not_exact.append(name)
+        gguf_name = str(to_gguf_name(base.architecture, name))
+        make = _repacked(base, name, kind) if repack else _dense(base, name, kind, adapter if adapted else None)
+        planned.append(Planned(gguf_name, base.shapes[name], kind, make))
+    with _writer(Path(out), base.architecture.gguf) as writer:
+        writer.add_type("model")
+        writer.add_name(general_name(base.folder, base.folder.name))
+        writer.add_file_type(FILE_TYPES[outtype])
+        writer.add_quantization_version(gguf_package().GGML_QUANT_VERSION)
+        add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+        for key, value in settings.items():
+            add[type(value)](key, value)
+        write_tokenizer(base.folder, base.shapes["model.embed_tokens.weight"][0], writer)
+        count = len(adapter.modules) if adapter else 0
+        report = _write(writer, Path(out), planned, count, progress, tuple(not_exact))
+    return report
+
+
+def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
+    """The ggml type of a tensor, and whether it is the base's own bits repacked."""
+    shape = base.shapes[name]
+    if len(shape) == 1 or name.endswith("mlp.gate.weight"):
+        return "F32", False
+    if outtype != "q4_1":
+        kind = outtype.upper()
+        return ("F16" if kind == "Q8_0" and shape[-1] % GROUP else kind), False
+    how = base.quantization(name)
+    if adapted:
+        return "F16", False
+    if how is None:
+        return STORED.get(base.array(name).dtype, "F16"), False
+    if how.mode != "affine":
+        return "F16", False
+    exact = exact_kind(how.bits, how.group_size, how.mode, *_scales(base, name))
+    return exact or "F16", exact is not None
+
+
+def _scales(base: Base, name: str) -> tuple[np.ndarray, np.ndarray]:
+    module = name.removesuffix(".weight")
+    scales, biases = (base.array(f"{module}.{part}").astype(mx.float32) for part in ("scales", "biases"))
+    return np.array(scales), np.array(biases)
+
+
+def _heads(base: Base, name: str) -> int | None:
+    """How many heads' rows must be put in ggml's order; None for a tensor whose rows stay."""
+    heads = {"q_proj": base.setting("num_attention_heads"), "k_proj": base.setting("num_key_value_heads")}
+    return heads.get(name.split(".")[-2]) if base.architecture.interleaved_rope else None
+
+
+def _constant(values: np.ndarray) -> Callable[[], np.ndarray]:
+    return lambda: values
+
+
+def _dense(base: Base, name: str, kind: str, adapter: LoraFolder | None) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        values = base.dense(name)
+        if adapter is not None:
+            values = values + adapter.delta(name.removesuffix(".weight"))
+        if base.architecture.norm_offset and name.endswith("norm.weight"):
+            values = values + np.float32(1)
+        if heads := _heads(base, name):
+            values = interleave_rope(values, heads)
+        return _encode(values, kind)
+
+    return make
+
+
+def _repacked(base: Base, name: str, kind: str) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        how = base.quantization(name)
+        assert how is not None
+        q = unpack_affine(np.array(base.array(name)), how.bits)
+        blocks = pack_blocks(q, *_scales(base, name), kind)
+        heads = _heads(base, name)
+        return interleave_rope(blocks, heads) if heads else blocks
+
+    return make
+
+
+def _half(base: Base, adapter: LoraFolder, module: str, half: str, kind: str) -> Callable[[], np.ndarray]:
+    def make() -> np.ndarray:
+        a, b = adapter.matrices(module)
+        heads = _heads(base, f"{module}.weight")
+        matrix = a if half == "a" else interleave_rope(b, heads) if heads else b
+        return _encode(matrix, kind)
+
+    return make
+
+
+def _encode(values: np.ndarray, kind: str) -> np.ndarray:
+    gguf = gguf_package()
+    return gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+
+
+@contextmanager
+def _writer(out: Path, architecture: str) -> Iterator[Any]:
+    gguf = gguf_package()
+    if out.exists():
+        raise UsageError(f"{out} exists already.", "Name a file that does not exist yet, or remove it first.")
+    if not out.parent.is_dir():
+        raise UsageError(f"There is no folder {out.parent}.", "Make it first.")
+    beside = _beside(out)
+    writer = gguf.GGUFWriter(beside, architecture)
+    try:
+        yield writer
+        writer.close()
+        beside.rename(out)
+    finally:
+        writer.close()
+        beside.unlink(missing_ok=True)
+
+
+def _beside(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def _write(
+    writer: Any,
+    out: Path,
+    planned: list[Planned],
+    adapted: int,
+    progress: Progress | None,
+    not_exact: tuple[str, ...] = (),
+) -> ExportReport:
+    gguf = gguf_package()
+    for tensor in planned:
+        kind = gguf.GGMLQuantizationType[tensor.kind]
+        block, size = gguf.GGML_QUANT_SIZES[kind]
+        nbytes = int(np.prod(tensor.shape)) // block * size
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for done, tensor in enumerate(planned):
+        values = tensor.make()
+        expected = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
+        if values.nbytes != int(np.prod(tensor.shape)) // expected[0] * expected[1]:
+            raise ModelError(f"{tensor.name} has {values.nbytes} bytes, which is not its shape {tensor.shape}.")
+        writer.write_tensor_data(values)
+        if progress:
+            progress(done + 1, len(planned))
+    writer.close()
+    return ExportReport(
+        path=out,
+        bytes=_beside(out).stat().st_size,
+        tensors=dict(Counter(tensor.kind for tensor in planned)),
+        adapted=adapted,
+        not_exact=not_exact,
+    )
