@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -161,3 +162,46 @@ def _accuracy(pairs: Sequence[int], off: Reference, model: Reference) -> float |
         return float((model[i][answer].astype(np.float64) - off[i][answer]).sum())
 
     return sum(gain(i, 0) > gain(i, 1) for i in pairs) / len(pairs) if pairs else None
+
+
+def has_peft() -> bool:
+    """Whether peft, transformers and torch are installed."""
+    return all(find_spec(name) for name in ("peft", "transformers", "torch"))
+
+
+def verify_peft(
+    trained: ModelConfig,
+    base: Path,
+    adapter: Path,
+    *,
+    data: DataConfig | None = None,
+    rows: int = 8,
+    on_event: OnEvent = ignore,
+) -> Verified:
+    """Holds a PEFT folder, on `base` as transformers loads it, against what was trained; both in float32.
+
+    Raises:
+        ModelError: it computes something else than was trained.
+    """
+
+    def run(tokenized: Sequence[TokenizedRow]) -> Reference:
+        import torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        model = PeftModel.from_pretrained(plain, adapter).eval()
+
+        def logps(context: list[int], completion: list[int]) -> np.ndarray:
+            ids = torch.tensor([context + completion])
+            with torch.no_grad():
+                every = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
+            picked = every.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+            first = 0.0 if not context else None  # nothing predicts the first token of all
+            return picked[len(context) - 1 :] if first is None else np.concatenate([[first], picked])
+
+        return [[logps(row.context(k), ids) for k, ids in enumerate(row.completions)] for row in tokenized]
+
+    return verify(
+        replace(trained, compute_dtype="float32"), "peft", run, tolerance=EXACT, data=data, rows=rows, on_event=on_event
+    )
