@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -10,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_dpo import __version__
-from mlx_dpo.cli import check, demo, eval, fuse, generate, import_gguf, score, train
+from mlx_dpo.cli import check, demo, eval, fuse, generate, import_gguf, score, sft, train
 from mlx_dpo.cli.console import show_error
 from mlx_dpo.errors import MlxDpoError
 
@@ -37,6 +38,7 @@ Results go to standard output, everything else to standard error.
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "check": check.check,
+    "sft": sft.sft,
     "train": train.train,
     "eval": eval.evaluate,
     "score": score.score,
@@ -93,4 +95,5 @@ for name, verb in VERBS.items():
 
 def main() -> None:
     """The program `mlx-dpo`."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     app()

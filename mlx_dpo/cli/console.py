@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from mlx_dpo.errors import MlxDpoError
@@ -11,17 +12,17 @@ if TYPE_CHECKING:
 
 
 def stderr() -> Console:
-    """The console for people; colours and bars only where it is a terminal."""
+    """The console for people; colours, bars and lines of its width only where it is a terminal."""
     from rich.console import Console
 
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def stdout() -> Console:
     """The console for results that people read; what programs read is printed plainly."""
     from rich.console import Console
 
-    return Console(highlight=False)
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
 
 
 def show_error(error: MlxDpoError) -> None:

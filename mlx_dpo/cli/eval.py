@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from mlx_dpo.cli.flags import Asked, with_settings
-from mlx_dpo.cli.options import ADAPTER, SCORED_DATA, BatchSize, Json, Quiet, ReferenceAdapter, Split, require
+from mlx_dpo.cli.options import ADAPTER, BatchSize, Json, Quiet, ReferenceAdapter, Split, require
 from mlx_dpo.settings import resolve
 
 
-@with_settings("model", *SCORED_DATA, "loss", notes=ADAPTER)
+@with_settings("model", "data", "loss", notes=ADAPTER)
 def evaluate(
     asked: Asked,
     split: Split = "auto",

@@ -87,5 +87,8 @@ def show_report(report: FuseReport) -> None:
     console = stderr()
     console.print(f"weights   {report.form}, {report.size / 1e6:.0f} MB; adapted layers {report.adapted_form}")
     console.print(f"tuning    {report.kept:.1%} of it arrived, rounding noise {report.error:.2g} of its size")
-    if report.verified:
-        console.print(f"verified  {report.verified}")
+    if found := report.verified:
+        console.print(
+            f"verified  {found.tokens} tokens of {found.rows} rows: off by {found.error:.2g} nats on average, "
+            f"{found.largest:.2g} at most; the adapter itself makes {found.effect:.2g}"
+        )

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from mlx_dpo.config import RunConfig
 
 SCORED_DATA = ("data.path", "data.max_length", "data.truncation_mode")
-"""The settings of data that is read whole, without a split of its own."""
+"""The settings of data from which nothing is held out."""
 
 ADAPTER = {"model.adapter": "adapter folder (mlx-lm or PEFT); without it the model as it is"}
 """What --adapter means to a verb that does not train."""
@@ -22,7 +22,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say only warnings, a
 BatchSize = Annotated[int, typer.Option("--batch-size", metavar="N", min=1, help="Rows that are computed at once.")]
 Split = Annotated[
     Literal["auto", "train", "valid", "test"],
-    typer.Option("--split", help="Which rows; auto: a folder's test file, else its valid file, else all."),
+    typer.Option("--split", help="Which rows; auto: the test file, else the valid file, else all."),
 ]
 ReferenceAdapter = Annotated[
     str | None,

@@ -47,24 +47,33 @@ def show_progress(*, quiet: bool = False, rows_per_step: int = 1) -> Iterator[On
         yield lambda event: None if quiet and not isinstance(event, Warned) else RENDER[type(event)](screen, event)
 
 
-def in_words(metrics: dict[str, float], *, pairs_per_second: float | None = None) -> str:
-    """Loss, accuracy with its interval, margin, speed and memory, as far as they are known, in one line."""
-    parts = [f"{label} {metrics[name]:{form}}" for name, label, form in SHOWN if name in metrics]
-    if "accuracy_low" in metrics:
-        parts[1] += f" (95 %: {100 * metrics['accuracy_low']:.0f} to {100 * metrics['accuracy_high']:.0f} %)"
-    if pairs_per_second:
-        parts.append(f"{pairs_per_second:.1f} rows/s")
+def in_words(metrics: dict[str, float], *, rows_per_second: float | None = None) -> str:
+    """Loss, accuracy with its interval, margin, speed and memory, as far as they are known, in one line.
+
+    While the policy is the reference every reward is 0 and ranks nothing, so there is no accuracy to tell.
+    """
+    ranks = metrics.get("kl/token", 1.0) > 1e-9
+    parts = [write(metrics) for name, write in WORDS.items() if name in metrics and (ranks or name == "loss")]
+    if rows_per_second:
+        parts.append(f"{rows_per_second:.1f} rows/s")
     if "peak_memory_gb" in metrics:
         parts.append(f"{metrics['peak_memory_gb']:.1f} GB")
     return ", ".join(parts)
 
 
-SHOWN = (
-    ("loss", "loss", ".4f"),
-    ("rewards/accuracies", "accuracy", ".0%"),
-    ("rewards/margins", "margin", ".2f"),
-    ("kl/token", "KL/token", ".3f"),
-)
+def _accuracy(metrics: dict[str, float]) -> str:
+    said = f"accuracy {metrics['rewards/accuracies']:.0%}"
+    if "accuracy_low" in metrics:
+        said += f" (95 %: {metrics['accuracy_low']:.0%} to {metrics['accuracy_high']:.0%})"
+    return said
+
+
+WORDS: dict[str, Callable[[dict[str, float]], str]] = {
+    "loss": lambda metrics: f"loss {metrics['loss']:.4f}",
+    "rewards/accuracies": _accuracy,
+    "rewards/margins": lambda metrics: f"margin {metrics['rewards/margins']:.2f}",
+    "kl/token": lambda metrics: f"KL/token {metrics['kl/token']:.3f}",
+}
 
 
 def _phase(screen: Screen, event: Phase) -> None:
@@ -90,7 +99,7 @@ def _started(screen: Screen, event: Started) -> None:
 def _stepped(screen: Screen, event: Stepped) -> None:
     seconds = event.metrics.get("seconds")
     speed = event.step * screen.rows_per_step / seconds if seconds else None
-    state = in_words(event.metrics, pairs_per_second=speed)
+    state = in_words(event.metrics, rows_per_second=speed)
     task: dict[str, Any] = {"state": state} if state else {}
     screen.bars.update(screen.tasks["training"], completed=event.step, **task)
     due = event.step % max(1, event.total_steps // LINES) == 0 or event.step in (1, event.total_steps)

@@ -33,6 +33,11 @@ def train(asked: Asked, resume: Resume = False, quiet: Quiet = False) -> None:
     The run folder gets the adapter, config.yaml, metrics.jsonl and checkpoints.
     Ctrl-C saves a checkpoint and ends the run; --resume goes on from it.
     """
+    run_training(asked, resume=resume, quiet=quiet)
+
+
+def run_training(asked: Asked, *, resume: bool, quiet: bool) -> None:
+    """Trains as asked, with progress and the result on standard error and the run folder on standard output."""
     config = resolve(asked.file or (_recorded(asked) if resume else None), asked.flags, asked.assignments)
     require(config, "--model", "--data")
 
