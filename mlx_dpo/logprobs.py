@@ -22,8 +22,9 @@ from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
 from mlx_dpo.trunk import Pieces, TrunkStore, first_adapted, split_layout, whole_layout
 
-CHUNK_LOGITS = 2**24
-"""Logits that the head makes at a time (64 MiB in float32)."""
+CHUNK_LOGITS = 2**23
+"""Logits that the head makes at a time (32 MiB in float32). MLX runs ahead by some ten operations, so that a dozen such
+arrays live at once (measured on its CPU backend)."""
 
 STATS = ("entropy", "mean_logit", "correct", "log_sum_p2")
 
@@ -198,17 +199,14 @@ def head_logps(
     gets no gradient: it must be frozen.
     """
     chunk = max(16, CHUNK_LOGITS // head(hidden[:1]).shape[-1])  # shapes are known without computing
-    starts = range(0, hidden.shape[0], chunk)
     if not gradient:
-        parts = [_measure(head(hidden[i : i + chunk]), target[i : i + chunk], stats) for i in starts]
-        return mx.concatenate(parts)
+        return _by_chunks(lambda h, t: _measure(head(h), t, stats), hidden, target, chunk)
     width = 1 + len(stats)
 
     @mx.custom_function
     def score(hidden: mx.array, target: mx.array) -> mx.array:
-        # one array a chunk: values and J are consumed together, so a chunk's logits are gone before the next's exist
-        parts = [_measure_with_gradient(head, hidden[i : i + chunk], target[i : i + chunk], stats) for i in starts]
-        return mx.concatenate(parts)
+        # one array a chunk: values and J are consumed together, so that the chunk's logits are no longer wanted
+        return _by_chunks(lambda h, t: _measure_with_gradient(head, h, t, stats), hidden, target, chunk)
 
     @score.vjp
     def pull_back(primals: list[mx.array], cotangent: mx.array, out: mx.array) -> tuple[mx.array, ...]:
@@ -217,6 +215,19 @@ def head_logps(
 
     values = cast(mx.array, score(hidden, target))
     return values[:, :width]
+
+
+def _by_chunks(
+    measure: Callable[[mx.array, mx.array], mx.array], hidden: mx.array, target: mx.array, chunk: int
+) -> mx.array:
+    """`measure(hidden, target)` of `chunk` tokens at a time, one after the other."""
+    parts: list[mx.array] = []
+    for start in range(0, hidden.shape[0], chunk):
+        piece = hidden[start : start + chunk]
+        if parts:
+            (piece,) = mx.depends([piece], parts[-1:])  # else MLX, which goes breadth first, makes all logits at once
+        parts.append(measure(piece, target[start : start + chunk]))
+    return mx.concatenate(parts)
 
 
 def _measure(logits: mx.array, target: mx.array, stats: tuple[str, ...]) -> mx.array:
