@@ -65,6 +65,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
         optimizer.init(stage.loaded.model.trainable_parameters())
         progress = _where_to_begin(stage, run, optimizer, resume=resume)
         take_step = _make_step(stage, optimizer)
+        _warn_of_reference(stage, on_event)
         on_event(Started(_facts(stage), stage.total_steps, progress.step))
         with deferred_interrupt() as wish:
             if progress.step == 0:
@@ -256,6 +257,18 @@ def _facts(stage: Stage) -> dict[str, str]:
         "speed": _speed_in_words(stage),
         "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
+
+
+def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
+    """DPO after SFT measures from the SFT model (Rafailov et al. 2023, section 4); from the base it pulls back to it."""
+    start = stage.config.model.adapter
+    if start and stage.reference is not None and stage.config.loss.reference == "base":
+        on_event(
+            Warned(
+                f"the reference is the base model, and not {start}, from which training starts; after supervised "
+                "fine-tuning it should be the latter: --reference start"
+            )
+        )
 
 
 def _speed_in_words(stage: Stage) -> str:
