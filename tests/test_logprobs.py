@@ -328,7 +328,7 @@ def test_a_head_that_is_trained_takes_the_plain_path(tmp_path: Path) -> None:
 def test_the_heads_memory_does_not_grow_with_the_number_of_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """65,536 words: logits of one token are 256 KiB, of a row's 254 scored tokens 64 MiB; the plain path holds some such.
+    """65,536 words: the logits of a token are 256 KiB, of 254 scored ones 64 MiB, and the plain path holds several.
 
     In chunks of 16 tokens (4 MiB) a dozen arrays may live at once, and twice the tokens cost no more of them.
     """
