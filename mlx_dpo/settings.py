@@ -136,7 +136,7 @@ RULES: dict[str, tuple[str, Test]] = {
     "lora.alpha": positive,
     "lora.dropout": below_1,
     "lora.num_layers": ("-1 or at least 1", lambda n: n == -1 or n >= 1),
-    "lora.keys": ("null or at least one name", lambda keys: len(keys) > 0),
+    "lora.keys": ("null or at least one name", lambda keys: bool(keys) and all(keys)),
     "optim.learning_rate": positive,
     "optim.weight_decay": not_negative,
     "optim.adam_beta1": below_1,
@@ -248,6 +248,7 @@ def _suggestion(key: str) -> str:
     last = key.rsplit(".", 1)[-1]
     near = (
         [name for name in known if name == key or name.endswith(f".{last}")]
+        or ("." not in key and difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.7))
         or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         or [
             next(name for name in known if name.endswith(f".{match}"))
