@@ -52,12 +52,12 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> Adapter:
     """Puts a fresh adapter on `model`: A random from `seed`, B zero, so the function stays the same.
 
     Raises:
-        UsageError: a key names no linear module of a block, or more layers are asked for than there are.
+        UsageError: a key names no linear module of a block, or no block is to be adapted.
     """
     total = len(model.layers)
-    count = total if config.num_layers == -1 else config.num_layers
-    if not 0 < count <= total:
-        raise UsageError(f"--num-layers {config.num_layers}: the model has {total} blocks", "-1 means all of them")
+    if config.num_layers < 1 and config.num_layers != -1:
+        raise UsageError(f"--num-layers {config.num_layers} adapts nothing", "-1 means all blocks")
+    count = total if config.num_layers == -1 else min(config.num_layers, total)
     keys = _resolve_keys(model.layers[-count:], config.keys)
     scale = config.scale if config.alpha is None else config.alpha / config.rank
     adapter = Adapter(config.rank, scale, config.dropout, count, keys)

@@ -72,6 +72,7 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         )
     if resume and not held:
         raise RunError(f"nothing to resume in {path}", "leave --resume out to start a new run")
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     with (path / LOCK).open("a") as lock:
         if not _take(lock, path / LOCK):
@@ -82,8 +83,9 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
             yield RunFolder(path)
         finally:
             (path / LOCK).unlink(missing_ok=True)
-            if not any(path.iterdir()):
-                path.rmdir()  # nothing came of it: leave nothing behind
+            for folder in made:  # where nothing came of it: leave nothing behind
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 @contextmanager
