@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import numpy as np
 from mlx_dpo.arrays import TokenLogps
 from mlx_dpo.batching import Batch, length, make_batch
 from mlx_dpo.encode import TokenizedRow
-from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.errors import RunError
+from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.lora import parameters
 from mlx_dpo.model import LoadedModel
@@ -59,8 +59,9 @@ def compute_reference(
     An interruption loses at most one batch.
     """
     keys = [[_sequence_key(row.context(k), ids) for k, ids in enumerate(row.completions)] for row in rows]
-    with _open_store(digest) as store:
-        known = _fetch(store, {key for row in keys for key in row})
+    file = cache_folder() / "reference" / f"{digest}.sqlite"
+    known = _stored(file, {key for row in keys for key in row}, on_event)
+    with _open_store(file) as store:
         missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
         missing.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
         for start in range(0, len(missing), batch_size):
@@ -100,15 +101,29 @@ def total_logps(out: TokenLogps) -> mx.array:
 
 
 @contextmanager
-def _open_store(digest: str) -> Iterator[sqlite3.Connection]:
-    folder = cache_folder() / "reference"
-    folder.mkdir(parents=True, exist_ok=True)
-    store = sqlite3.connect(folder / f"{digest}.sqlite", timeout=60)
+def _open_store(file: Path) -> Iterator[sqlite3.Connection]:
     try:
-        store.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
-        yield store
-    finally:
-        store.close()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(file, timeout=60)) as store:
+            store.execute("CREATE TABLE IF NOT EXISTS logps (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
+            yield store
+    except (sqlite3.OperationalError, PermissionError) as error:
+        raise RunError(
+            f"reference log-probs cannot be kept in {file}: {error}",
+            "make room there, or name another folder by the environment variable MLX_DPO_CACHE",
+        ) from error
+
+
+def _stored(file: Path, keys: Iterable[bytes], on_event: OnEvent) -> dict[bytes, np.ndarray]:
+    """What the store has of `keys`; a damaged one is removed, since all of it can be computed again."""
+    try:
+        with _open_store(file) as store:
+            return _fetch(store, keys)
+    except sqlite3.DatabaseError as error:
+        on_event(Warned(f"the stored reference log-probs in {file} were damaged ({error}) and are computed again"))
+        for damaged in (file, file.with_name(file.name + "-journal")):
+            damaged.unlink(missing_ok=True)
+        return {}
 
 
 def _fetch(store: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
@@ -131,15 +146,15 @@ def _file_digest(file: Path) -> str:
     real = file.resolve()
     facts = real.stat()
     name = hashlib.blake2b(f"{real}:{facts.st_size}:{facts.st_mtime_ns}".encode(), digest_size=16).hexdigest()
-    memory = cache_folder() / "digests" / f"{name}.json"
-    if memory.is_file():
-        return str(json.loads(memory.read_text()))
+    memory = cache_folder() / "digests" / name
+    if memory.is_file() and len(known := memory.read_text()) == 40:
+        return known
     with real.open("rb") as stream:
         digest = hashlib.blake2b(digest_size=20)
         while block := stream.read(1 << 22):
             digest.update(block)
     memory.parent.mkdir(parents=True, exist_ok=True)
     beside = memory.with_suffix(f".{os.getpid()}")
-    beside.write_text(json.dumps(digest.hexdigest()))
+    beside.write_text(digest.hexdigest())
     beside.replace(memory)
     return digest.hexdigest()
