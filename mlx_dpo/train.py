@@ -64,7 +64,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
         optimizer = make_optimizer(config.optim)
         optimizer.init(stage.loaded.model.trainable_parameters())
         progress = _where_to_begin(stage, run, optimizer, resume=resume)
-        take_step = _make_step(stage, optimizer)
+        take_step = make_step(stage, optimizer)
         _warn_of_reference(stage, on_event)
         on_event(Started(_facts(stage), stage.total_steps, progress.step))
         with deferred_interrupt() as wish:
@@ -96,10 +96,13 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
         )
 
 
-def _make_step(
+def make_step(
     stage: Stage, optimizer: optimizers.Optimizer
 ) -> Callable[[list[list[int]], float, Progress], dict[str, float]]:
-    """One optimizer step over micro-batches: gradients weighted by rows, clipped, applied; gives the metrics."""
+    """What takes one optimizer step of a run: gradients weighted by rows, clipped, applied; gives the metrics.
+
+    It is called with the step's micro-batches (places in `stage.rows`), the learning rate and the run's progress.
+    """
     config, model, following = stage.config, stage.loaded.model, _following(stage)
     stats = STATS if config.train.token_metrics else ()
     if config.loss.use_weighting and "log_sum_p2" not in stats:
