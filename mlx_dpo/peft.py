@@ -87,7 +87,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _read_modules(folder: Path) -> dict[str, dict[str, mx.array]]:
-    """By PEFT's name of a module, its `lora_A` [r, in], `lora_B` [out, r] and, of DoRA, `lora_magnitude_vector` [out]."""
+    """By PEFT's name of a module, `lora_A` [r, in], `lora_B` [out, r] and, of DoRA, `lora_magnitude_vector` [out]."""
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise ModelError(f"no adapter weights: {file} is missing", "save the PEFT adapter as safetensors")

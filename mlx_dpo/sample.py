@@ -127,10 +127,15 @@ def encode(loaded: LoadedModel, prompt: Prompt, *, raw: bool = False) -> list[in
 
 
 def stop_tokens(loaded: LoadedModel) -> set[int]:
-    """Every token that ends an answer: the tokenizer's own, and those of config.json and generation_config.json."""
-    given = loaded.config.get("eos_token_id")
-    named = [] if given is None else [given] if isinstance(given, int) else given
-    return {int(token) for token in [*loaded.wrapper.eos_token_ids, *named]}
+    """Every token that ends an answer, as mlx-lm's wrapper and the model's configuration name them."""
+    return {int(token) for token in loaded.wrapper.eos_token_ids} | end_tokens(loaded.tokenizer, loaded.config)
+
+
+def end_tokens(tokenizer: Any, config: dict[str, Any]) -> set[int]:
+    """The tokenizer's end of sequence, and those of `config`, into which mlx-lm reads generation_config.json too."""
+    named = config.get("eos_token_id")
+    ids = named if isinstance(named, list) else [named]
+    return {int(token) for token in [*ids, unwrap(tokenizer).eos_token_id] if token is not None}
 
 
 def _answer(

@@ -85,7 +85,7 @@ def fuse(
         ModelError: model or adapter cannot be used, or the written folder is not the model that was trained.
     """
     check_output(output)
-    tuned, config, folder = load_stored(model, adapter)
+    tuned, config, folder, _ = load_stored(model, adapter)
     plain, adapted = choose_forms(tuned, dtype, quantize_bits, quantize_group_size, quantize_mode, keep_adapted_bits)
     count = len(adapted_layers(tuned))
     losses: list[LayerLoss] = []
@@ -120,9 +120,9 @@ def check_output(output: Path) -> None:
         raise UsageError(f"--output {output} exists already", "name another folder, or remove it first")
 
 
-def load_stored(model: ModelConfig, adapter: str | Path) -> tuple[nn.Module, dict[str, Any], Path]:
+def load_stored(model: ModelConfig, adapter: str | Path) -> tuple[nn.Module, dict[str, Any], Path, lora.Adapter]:
     """The model with its adapter on, its weights in the form in which they are stored and still on disk; its
-    configuration; its folder.
+    configuration; its folder; the adapter's settings.
 
     Raises:
         ModelError: model or adapter cannot be used.
@@ -138,9 +138,9 @@ def load_stored(model: ModelConfig, adapter: str | Path) -> tuple[nn.Module, dic
     if model.quantize_bits is not None:
         with redirect_stdout(io.StringIO()):  # mlx-lm prints a line there
             base, config = quantize_model(base, config, model.quantize_group_size, model.quantize_bits)
-    lora.load(base, adapter)
+    settings = lora.load(base, adapter)
     base.eval()
-    return base, config, folder
+    return base, config, folder, settings
 
 
 def write_folder(model: nn.Module, config: dict[str, Any], source: Path, target: Path) -> None:

@@ -33,10 +33,11 @@ def full_weight(layer: Any) -> mx.array:
     scales, biases = layer.scales, layer.get("biases")
     if layer.mode == "affine":
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
-    wide = layer.get("global_scale")
-    return mx.dequantize(
-        layer.weight, scales, biases, layer.group_size, layer.bits, layer.mode, global_scale=wide, dtype=mx.float32
-    )
+    how = (layer.group_size, layer.bits, layer.mode)
+    if (wide := layer.get("global_scale")) is not None:  # of nvfp4 experts, one scale more for each
+        parts = zip(layer.weight, scales, wide, strict=True)
+        return mx.stack([mx.dequantize(weight, scale, None, *how, of, mx.float32) for weight, scale, of in parts])
+    return mx.dequantize(layer.weight, scales, biases, *how, dtype=mx.float32)
 
 
 def merged_weight(module: Any) -> mx.array:

@@ -55,7 +55,7 @@ def export_peft(
         ModelError: PEFT cannot hold this adapter, or what was written is not it.
     """
     check_output(output)
-    tuned, config, folder = load_stored(model, adapter)
+    tuned, config, folder, _ = load_stored(model, adapter)
     packed = any(is_packed(base_of(module)) for _, module in adapted_layers(tuned))
     if packed and base_model is None:
         on_event(Warned(f"transformers cannot read {model.path}, which MLX quantized; name its original as base model"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,7 +19,7 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluate import score_rows
 from mlx_dpo.events import OnEvent, Phase, ignore
 from mlx_dpo.logprobs import Scorer
-from mlx_dpo.model import load
+from mlx_dpo.model import load, resolve
 from mlx_dpo.reference import Reference
 
 EXACT = 1e-3
@@ -96,11 +97,13 @@ def verify(
     run: Runtime,
     *,
     tolerance: float | None,
+    longest: int | None = None,
     data: DataConfig | None = None,
     rows: int = 32,
     on_event: OnEvent = ignore,
 ) -> Verified:
-    """Holds what `run` computes against base + `trained.adapter`, on the first `rows` of `data` or of the demo's rows.
+    """Holds what `run` computes against base + `trained.adapter`, on the first `rows` of `data` or of the demo's rows,
+    of each answer on `longest` tokens at most.
 
     Raises:
         ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
@@ -109,6 +112,7 @@ def verify(
     data = data or DataConfig(path=str(files("mlx_dpo") / "demo_data" / "test.jsonl"))
     loaded = load(trained)
     tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
+    tokenized = [row._replace(completions=tuple(ids[:longest] for ids in row.completions)) for row in tokenized]
     off = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     if trained.adapter:
         lora.load(loaded.model, trained.adapter)
@@ -185,12 +189,11 @@ def verify_peft(
     """
 
     def run(tokenized: Sequence[TokenizedRow]) -> Reference:
-        import torch
-        from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
+        torch, peft = import_module("torch"), import_module("peft")  # no dependencies of ours
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        model = PeftModel.from_pretrained(plain, adapter).eval()
+        model = peft.PeftModel.from_pretrained(plain, adapter).eval()
 
         def logps(context: list[int], completion: list[int]) -> np.ndarray:
             ids = torch.tensor([context + completion])
@@ -205,3 +208,54 @@ def verify_peft(
     return verify(
         replace(trained, compute_dtype="float32"), "peft", run, tolerance=EXACT, data=data, rows=rows, on_event=on_event
     )
+
+
+def verify_gguf(
+    trained: ModelConfig,
+    file: Path,
+    *,
+    adapter: Path | None = None,
+    exact: bool,
+    data: DataConfig | None = None,
+    rows: int = 4,
+    on_event: OnEvent = ignore,
+) -> Verified:
+    """Holds a GGUF file (with an adapter's file on it, where `file` is the base) against what was trained, by
+    llama.cpp itself, on the first tokens of each answer.
+
+    `exact` says that nothing was rounded; Gemma's models are held to the looser measure even then, since llama.cpp
+    takes their GELU from a table in half precision.
+
+    Raises:
+        MlxDpoError: llama.cpp is not installed.
+        ModelError: the file, if `exact`, computes something else than was trained.
+    """
+    from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
+
+    def run(tokenized: Sequence[TokenizedRow]) -> Reference:
+        longest = max(len(row.context(k)) + len(ids) for row in tokenized for k, ids in enumerate(row.completions))
+        llama = open_llama_cpp(file, adapter, context=longest + 8)
+
+        def logp(before: list[int], token: int) -> float:
+            found = next_log_probs(llama, before, top=2000)[token]
+            return float(found if np.isfinite(found) else next_log_probs(llama, before)[token])
+
+        return [
+            [
+                np.array([logp(row.context(k) + ids[:n], ids[n]) for n in range(len(ids))], np.float32)
+                for k, ids in enumerate(row.completions)
+            ]
+            for row in tokenized
+        ]
+
+    exact = exact and not str(_model_type(trained)).startswith("gemma")
+    plain = replace(trained, compute_dtype="float32")
+    return verify(
+        plain, "llama.cpp", run, tolerance=EXACT if exact else None, longest=8, data=data, rows=rows, on_event=on_event
+    )
+
+
+def _model_type(config: ModelConfig) -> str | None:
+    from mlx_lm.utils import load_config
+
+    return load_config(resolve(config.path, config.revision)).get("model_type")

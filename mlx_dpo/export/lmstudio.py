@@ -1,0 +1,60 @@
+"""A fused GGUF file where LM Studio looks for models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_dpo.config import DataConfig, ModelConfig
+from mlx_dpo.errors import UsageError
+from mlx_dpo.events import OnEvent, ignore
+from mlx_dpo.export.fuse import check_output
+from mlx_dpo.export.ollama import write_fused_gguf
+from mlx_dpo.export.verify import Verified
+from mlx_dpo.gguf.write import ModelType
+from mlx_dpo.run import written_whole
+
+MODELS = "~/.lmstudio/models"
+"""LM Studio's folder of models, unless the user chose another one there."""
+
+
+@dataclass(frozen=True)
+class LMStudioReport:
+    """The file that was written, and the name under which LM Studio shows it."""
+
+    gguf: Path
+    name: str
+    verified: Verified | None
+
+
+def export_lmstudio(
+    model: ModelConfig,
+    adapter: str | Path,
+    name: str,
+    *,
+    publisher: str = "local",
+    models: str | Path = MODELS,
+    outtype: ModelType = "f16",
+    verify: bool = True,
+    data: DataConfig | None = None,
+    rows: int = 4,
+    on_event: OnEvent = ignore,
+) -> LMStudioReport:
+    """Writes `models/publisher/name/name-OUTTYPE.gguf`, base and adapter fused: LM Studio takes no adapters.
+
+    Raises:
+        UsageError: there is a model of that name, or a name holds a slash.
+        ModelError: the model or adapter cannot be a GGUF file, or what was written is not what was trained.
+    """
+    for word in (publisher, name):
+        if not word or "/" in word or word.startswith("."):
+            raise UsageError(f"{word!r} is no name for a publisher or a model", "leave slashes out")
+    folder = Path(models).expanduser() / publisher / name
+    check_output(folder)
+    with written_whole(folder) as beside:
+        beside.mkdir(exist_ok=True)
+        file = f"{name}-{outtype.upper()}.gguf"
+        verified = write_fused_gguf(
+            model, adapter, beside / file, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event
+        )
+    return LMStudioReport(folder / file, f"{publisher}/{name}", verified)

@@ -1,0 +1,147 @@
+"""A folder from which Ollama makes a model: the fused GGUF file and the Modelfile."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mlx_dpo import lora
+from mlx_dpo.config import DataConfig, ModelConfig
+from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.export.fuse import check_output, load_stored
+from mlx_dpo.export.ollama_template import go_template, learn_shape
+from mlx_dpo.export.verify import Verified, verify_gguf
+from mlx_dpo.gguf.llamacpp import runtime_installed
+from mlx_dpo.gguf.write import ModelType, export_model_gguf
+from mlx_dpo.model import resolve
+from mlx_dpo.run import written_whole
+from mlx_dpo.sample import end_tokens
+
+PARAMETERS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+"""Of generation_config.json, what Ollama has under which name."""
+
+
+@dataclass(frozen=True)
+class OllamaReport:
+    """What was written. `commands` make the model known to Ollama and talk to it; `has_template` says whether the
+    Modelfile holds the model's chat template."""
+
+    output: Path
+    gguf: Path
+    commands: tuple[str, ...]
+    has_template: bool
+    verified: Verified | None
+
+
+def export_ollama(
+    model: ModelConfig,
+    adapter: str | Path,
+    output: Path,
+    *,
+    name: str | None = None,
+    outtype: ModelType = "f16",
+    verify: bool = True,
+    data: DataConfig | None = None,
+    rows: int = 4,
+    on_event: OnEvent = ignore,
+) -> OllamaReport:
+    """Writes `output/NAME.gguf`, base and adapter fused, and `output/Modelfile` with a stop for each end token, the
+    chat template, and what generation_config.json says of sampling.
+
+    `name` is what the model will be called; the folder's name without it. With `verify`, and llama.cpp installed
+    (`xllamacpp`), the file's log-probs are compared with what was trained.
+
+    Raises:
+        UsageError: `output` holds something.
+        ModelError: the model or adapter cannot be a GGUF file, or what was written is not what was trained.
+    """
+    check_output(output)
+    called = re.sub(r"[^a-z0-9._-]+", "-", (name or output.name).lower()).strip("-._") or "tuned"
+    gguf = output / f"{called.replace('/', '-')}.gguf"
+    with written_whole(output) as beside:
+        beside.mkdir(exist_ok=True)
+        verified = write_fused_gguf(
+            model, adapter, beside / gguf.name, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event
+        )
+        text, has_template = modelfile(resolve(model.path, model.revision), gguf.name)
+        (beside / "Modelfile").write_text(text)
+    if not has_template:
+        on_event(Warned("the chat template is not made of constant texts: Ollama will use its own reading of it"))
+    commands = (f"ollama create {called} -f {output / 'Modelfile'}", f"ollama run {called}")
+    return OllamaReport(output, gguf, commands, has_template, verified)
+
+
+def write_fused_gguf(
+    model: ModelConfig,
+    adapter: str | Path,
+    file: Path,
+    *,
+    outtype: ModelType,
+    verify: bool,
+    data: DataConfig | None,
+    rows: int,
+    on_event: OnEvent,
+) -> Verified | None:
+    """Writes base + adapter as one GGUF file and, where it can, checks it in llama.cpp; `adapter` may be a PEFT folder.
+
+    Raises:
+        ModelError: the model or adapter cannot be a GGUF file, or what was written is not what was trained.
+    """
+    with in_mlx_form(model, adapter) as folder:
+        export_model_gguf(
+            resolve(model.path, model.revision), folder, file, outtype,
+            lambda done, total: on_event(Phase("writing GGUF", done, total, "tensors")),
+        )  # fmt: skip
+    if not verify or not runtime_installed():
+        return None
+    trained = replace(model, adapter=str(adapter))
+    return verify_gguf(trained, file, exact=outtype == "f32", data=data, rows=rows, on_event=on_event)
+
+
+@contextmanager
+def in_mlx_form(model: ModelConfig, adapter: str | Path) -> Iterator[Path]:
+    """The adapter's folder, or one of mlx-lm's form with the same adapter, which is gone after the `with`."""
+    folder = Path(adapter).expanduser()
+    if (folder / "adapters.safetensors").is_file():
+        yield folder
+        return
+    with TemporaryDirectory() as made:
+        tuned, _, _, settings = load_stored(model, adapter)
+        lora.save(tuned, settings, Path(made), base=model.path)
+        yield Path(made)
+
+
+def modelfile(folder: Path, gguf: str) -> tuple[str, bool]:
+    """The text of a Modelfile for the model in `folder` as file `gguf`, and whether it holds the chat template."""
+    from mlx_lm.utils import load_config, load_tokenizer
+
+    tokenizer = load_tokenizer(folder)._tokenizer
+    lines = [f"FROM ./{gguf}"]
+    shape = learn_shape(tokenizer)
+    if shape is not None:
+        lines.append(f'TEMPLATE """{go_template(shape)}"""')
+    ends = end_tokens(tokenizer, load_config(folder))
+    lines += [f'PARAMETER stop "{token}"' for token in tokenizer.convert_ids_to_tokens(sorted(ends))]
+    lines += [f"PARAMETER {name} {value}" for name, value in sampling(folder).items()]
+    return "\n".join(lines) + "\n", shape is not None
+
+
+def sampling(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says of sampling, under Ollama's names; greedy where it says so."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    if settings.get("do_sample") is False:
+        return {"temperature": 0}
+    return {ours: settings[theirs] for theirs, ours in PARAMETERS.items() if settings.get(theirs) is not None}

@@ -1,0 +1,88 @@
+"""A model's chat template in Ollama's language, learnt from how the model's own one renders a conversation."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from mlx_dpo.encode import unwrap
+
+SYSTEM, TURNS = "@@s@@", tuple(f"@@{n}@@" for n in range(5))
+"""Stand-ins for what is said; user and assistant take turns, and the user has the last word."""
+
+
+class ChatShape(NamedTuple):
+    """The constant texts of a chat template, between what system, user and assistant say."""
+
+    begin: str  # before the first user message, where there is no system message
+    before_system: str
+    after_system: str  # up to the first user message
+    to_assistant: str  # from a user message to the assistant's
+    to_user: str  # from an assistant's message to the user's
+    generation: str  # after the last user message, where the answer begins
+
+
+def learn_shape(tokenizer: Any) -> ChatShape | None:
+    """The shape of the tokenizer's chat template; None without one, or where it is not made of constant texts.
+
+    The beginning-of-sequence token is left to the runtime where the tokenizer adds it by itself. A template that
+    refuses system messages gets them before the first user message, with an empty line between, as Gemma's do.
+    """
+    tokenizer = unwrap(tokenizer)
+    if not getattr(tokenizer, "chat_template", None):
+        return None
+    plain, instructed = _render(tokenizer, TURNS), _render(tokenizer, TURNS, SYSTEM)
+    if plain is None:
+        return None
+    begin, *between, generation = plain
+    before, after = begin, "\n\n"
+    if instructed is not None:
+        before, after, *rest = instructed
+        if rest != [*between, generation]:
+            return None
+    if len({between[0], between[2]}) > 1 or len({between[1], between[3]}) > 1:
+        return None
+    bos = tokenizer.bos_token or ""
+    if bos and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id:
+        begin, before = begin.removeprefix(bos), before.removeprefix(bos)
+    return ChatShape(begin, before, after, between[0], between[1], generation)
+
+
+def _render(tokenizer: Any, turns: Sequence[str], system: str | None = None) -> list[str] | None:
+    """The texts around and between what is said; None where the template refuses it, drops it or says it twice."""
+    from jinja2.exceptions import TemplateError
+
+    messages = [{"role": "system", "content": system}] if system else []
+    messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
+    try:
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except TemplateError:
+        return None
+    said = [message["content"] for message in messages]
+    parts = re.split("|".join(map(re.escape, said)), whole)
+    return parts if len(parts) == len(said) + 1 and whole == _weave(parts, said) else None
+
+
+def _weave(parts: Sequence[str], said: Sequence[str]) -> str:
+    return "".join(part + text for part, text in zip(parts, [*said, ""], strict=True))
+
+
+def go_template(shape: ChatShape) -> str:
+    """The same template for Ollama, in the language of Go's text/template; texts are literals, so no space is lost."""
+
+    def text(value: str) -> str:
+        return f"{{{{ {json.dumps(value, ensure_ascii=False)} }}}}" if value else ""
+
+    system = f"{text(shape.before_system)}{{{{ .System }}}}{text(shape.after_system)}"
+    return (
+        '{{- $last := "" -}}\n'
+        f"{{{{- if .System }}}}{system}{{{{ else }}}}{text(shape.begin)}{{{{ end -}}}}\n"
+        "{{- range .Messages -}}\n"
+        f'{{{{- if and (eq .Role "user") (eq $last "assistant") }}}}{text(shape.to_user)}{{{{ end -}}}}\n'
+        f'{{{{- if eq .Role "assistant" }}}}{text(shape.to_assistant)}{{{{ end -}}}}\n'
+        '{{- if ne .Role "system" }}{{ .Content }}{{ $last = .Role }}{{ end -}}\n'
+        "{{- end -}}\n"
+        f'{{{{- if ne $last "assistant" }}}}{text(shape.generation)}{{{{ end -}}}}'
+    )
