@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import mlx.core as mx
@@ -17,12 +18,13 @@ from mlx_dpo.config import DataConfig, LossConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.load import load_records, load_splits
 from mlx_dpo.data.sources import read_splits
 from mlx_dpo.encode import EncodeReport, TokenizedRow, encode_records
-from mlx_dpo.errors import UsageError
+from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, compute_loss, needs_reference
 from mlx_dpo.metrics import Sums, averages, batch_metrics, ranked_accuracy, wilson_interval
 from mlx_dpo.model import LoadedModel, load
+from mlx_dpo.prepare import kind_of as trained_on
 from mlx_dpo.prepare import mismatched
 from mlx_dpo.records import Record, kind_of
 from mlx_dpo.reference import Reference
@@ -48,7 +50,6 @@ class Bench:
     reference itself, so nothing is computed twice and every reward is exactly 0.
     """
 
-    loaded: LoadedModel
     score: Score
     rows: list[TokenizedRow]
     known: Reference | None
@@ -69,10 +70,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """TRL's metrics of a model with its adapter over a file or folder of preferences, and what was counted.
 
-    The policy is `model.path` with `model.adapter`; the reference is the base model, or `reference_adapter` where one
-    is named. Without an adapter the policy is the reference: rewards are 0 and rank nothing, so rewards/accuracies and
-    its interval are left out. `logps/accuracies` says even then what share of pairs has the higher summed log-prob on
-    its chosen side, `logps/accuracies_per_token` the same of log-probs per token, `ref_logps/…` of the reference.
+    The policy is `model.path` with `model.adapter`; the reference is the base model, or what `loss.reference` names,
+    or the folder `reference_adapter`. Without an adapter the policy is the reference: rewards are 0 and rank nothing,
+    so rewards/accuracies and its interval are left out. `logps/accuracies` says even then what share of pairs has the
+    higher summed log-prob on its chosen side, `logps/accuracies_per_token` the same of log-probs per token,
+    `ref_logps/…` of the reference.
 
     Beside the metrics: `accuracy_low` and `accuracy_high` (the 95 % interval of rewards/accuracies), `rows`, `dropped`,
     `cut_rows`, `cut_tokens`, `lost_eos`, `prompt_tokens`, `completion_tokens`, and by name `model`, `adapter`, `data`,
@@ -83,7 +85,7 @@ def evaluate(
     """
     loss = loss or LossConfig()
     bench = set_up(
-        model, data, loss, accepted_kinds(loss), split=split,
+        model, data, loss, (trained_on(loss), *accepted_kinds(loss)), split=split,
         reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
     )  # fmt: skip
     found = evaluate_rows(
@@ -97,7 +99,7 @@ def evaluate(
         "adapter": model.adapter,
         "data": data.path,
         "objective": loss.type,
-        "reference": "none" if bench.known is None else reference_adapter or "base",
+        "reference": "none" if bench.known is None else reference_adapter or loss.reference,
         "rows": report.kept,
         "dropped": len(report.dropped),
         "cut_rows": report.cut_rows,
@@ -149,7 +151,7 @@ def set_up(
     model: ModelConfig,
     data: DataConfig,
     loss: LossConfig,
-    kinds: Collection[Kind],
+    kinds: Sequence[Kind],
     *,
     split: Split = "auto",
     reference_adapter: str | None = None,
@@ -158,35 +160,60 @@ def set_up(
 ) -> Bench:
     """Loads data, model and adapters, and computes the reference's log-probs or finds them on disk.
 
-    Rows of another kind than `kinds` are converted to one of those.
+    Rows of another kind than `kinds` are converted to the first of those.
     """
-    if loss.reference == "start" and reference_adapter is None:
-        raise UsageError(
-            "the reference is to be the starting adapter, but which one that was is not said",
-            "name its folder as the reference",
-        )
+    other = _reference_model(model, reference_adapter or loss.reference) if needs_reference(loss) else None
     kind, records = _records(data, kinds, split, on_event)
-    on_event(Phase("loading the model", 0, 1, ""))
-    loaded = load(model)
-    on_event(Phase("loading the model", 1, 1, ""))
+    loaded = _load(other or model, on_event)
     rows, report = encode_records(records, loaded.tokenizer, data)
     for text in report.warnings(data.max_length):
         on_event(Warned(text))
     if kind == "unpaired":
         rows = mismatched(rows)
-
-    if not needs_reference(loss):
-        return Bench(loaded, _with_adapter(loaded, model.adapter, rows, on_event), rows, None, False, kind, report)
-    scorer = _with_adapter(loaded, reference_adapter or model.adapter, rows, on_event)
-    digest = reference.model_digest(loaded, with_adapter=bool(reference_adapter))
-    with nullcontext() if reference_adapter or not model.adapter else lora.switched_off(loaded.model):
+    if other is None:
+        return Bench(_with_adapter(loaded, model.adapter, rows, on_event), rows, None, False, kind, report)
+    from_base = other == replace(model, adapter=None)
+    scorer = _with_adapter(loaded, model.adapter if from_base else other.adapter, rows, on_event)
+    digest = reference.model_digest(loaded, with_adapter=not from_base)
+    with lora.switched_off(loaded.model) if from_base and model.adapter else nullcontext():
         known = reference.compute_reference(scorer, rows, digest, batch_size=batch_size, on_event=on_event)
-    if reference_adapter == (model.adapter or None):
-        return Bench(loaded, replay(known), rows, known, True, kind, report)
-    if reference_adapter:
-        loaded = load(model)
+    if other == model:
+        return Bench(replay(known), rows, known, True, kind, report)
+    if not from_base:
+        vocabulary = loaded.tokenizer.get_vocab()
+        loaded = _load(model, on_event)
+        if loaded.tokenizer.get_vocab() != vocabulary:
+            raise ModelError(
+                f"the reference {loss.reference} has another tokenizer than {model.path}: ids mean other tokens",
+                "a reference must read the same tokens, as another size or stage of the same model family does",
+            )
         scorer = _with_adapter(loaded, model.adapter, rows, on_event)
-    return Bench(loaded, scorer, rows, known, False, kind, report)
+    return Bench(scorer, rows, known, False, kind, report)
+
+
+def _reference_model(model: ModelConfig, wanted: str) -> ModelConfig:
+    """The model that `wanted` names: base, an adapter's folder, another model's folder or Hub name.
+
+    Raises:
+        UsageError: it is to be the starting adapter, which nobody named.
+    """
+    if wanted == "start":
+        raise UsageError(
+            "the reference is to be the starting adapter, but which one that was is not said",
+            "name its folder as the reference",
+        )
+    if wanted == "base":
+        return replace(model, adapter=None)
+    if (Path(wanted).expanduser() / "adapter_config.json").is_file():
+        return replace(model, adapter=wanted)
+    return replace(model, path=wanted, revision=None, adapter=None)
+
+
+def _load(model: ModelConfig, on_event: OnEvent) -> LoadedModel:
+    on_event(Phase("loading the model", 0, 1, ""))
+    loaded = load(model)
+    on_event(Phase("loading the model", 1, 1, ""))
+    return loaded
 
 
 def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent) -> Scorer:
@@ -201,11 +228,10 @@ def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[Token
     return Scorer(loaded.model, speed)
 
 
-def _records(data: DataConfig, kinds: Collection[Kind], split: Split, on_event: OnEvent) -> tuple[Kind, list[Record]]:
-    first = next(kind for kind in get_args(Kind) if kind in kinds)
-    records = _split(data, None if len(kinds) > 1 else first, split, on_event)
+def _records(data: DataConfig, kinds: Sequence[Kind], split: Split, on_event: OnEvent) -> tuple[Kind, list[Record]]:
+    records = _split(data, None if len(set(kinds)) > 1 else kinds[0], split, on_event)
     own = cast(Kind, kind_of(records[0]))
-    return (own, records) if own in kinds else (first, _split(data, first, split, on_event))
+    return (own, records) if own in kinds else (kinds[0], _split(data, kinds[0], split, on_event))
 
 
 def _split(data: DataConfig, kind: Kind | None, split: Split, on_event: OnEvent) -> list[Record]:
