@@ -11,9 +11,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dpo import lora
+from mlx_dpo.config import ModelConfig
 from mlx_dpo.encode import encode_text, unwrap
 from mlx_dpo.errors import DataError, UsageError
-from mlx_dpo.model import LoadedModel
+from mlx_dpo.model import LoadedModel, load
 from mlx_dpo.records import Message, Text
 
 Prompt = str | Sequence[Message]
@@ -41,6 +42,18 @@ class Comparison:
     prompt: Prompt
     base: Answer
     tuned: Answer
+
+
+def load_tuned(model: ModelConfig) -> LoadedModel:
+    """A model with its adapter (`model.adapter`, an mlx-lm or PEFT folder) on it, ready to answer.
+
+    Raises:
+        MlxDpoError: the model or the adapter cannot be used.
+    """
+    loaded = load(model)
+    if model.adapter:
+        lora.load(loaded.model, model.adapter)
+    return loaded
 
 
 def generate(

@@ -18,6 +18,7 @@ from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, Dtype, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.export.card import is_run, write_card
 from mlx_dpo.export.forms import Form, LayerLoss, choose_forms, dtype_name, measure_loss, total_loss
 from mlx_dpo.export.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
 from mlx_dpo.export.verify import Verified, verify_folder
@@ -102,6 +103,8 @@ def fuse(
         beside.mkdir(exist_ok=True)
         on_event(Phase("writing weights", 0, 1, ""))
         write_folder(tuned, settings, folder, beside)
+        if is_run(Path(adapter)):
+            write_card(adapter, beside, fused=True)
         on_event(Phase("writing weights", 1, 1, ""))
         verified = None
         if verify:

@@ -1,0 +1,47 @@
+# The public names and where each comes from; __init__.py reads this list, type checkers and editors do too.
+from .config import DataConfig as DataConfig
+from .config import LoraConfig as LoraConfig
+from .config import LossConfig as LossConfig
+from .config import ModelConfig as ModelConfig
+from .config import OptimConfig as OptimConfig
+from .config import RunConfig as RunConfig
+from .config import SpeedConfig as SpeedConfig
+from .config import TrainConfig as TrainConfig
+from .data.load import load_prompts as load_prompts
+from .data.load import load_records as load_records
+from .data.load import load_splits as load_splits
+from .demo_model import fetch_demo_model as fetch_demo_model
+from .errors import DataError as DataError
+from .errors import MlxDpoError as MlxDpoError
+from .errors import ModelError as ModelError
+from .errors import RunError as RunError
+from .errors import UsageError as UsageError
+from .evaluate import evaluate as evaluate
+from .evaluate import score as score
+from .export.card import write_card as write_card
+from .export.fuse import fuse as fuse
+from .export.hub import push as push
+from .export.lmstudio import export_lmstudio as export_lmstudio
+from .export.ollama import export_ollama as export_ollama
+from .export.peft import export_peft as export_peft
+from .gguf.read import import_gguf as import_gguf
+from .gguf.write import export_adapter_gguf as export_adapter_gguf
+from .gguf.write import export_model_gguf as export_model_gguf
+from .lora import switched_off as switched_off
+from .model import LoadedModel as LoadedModel
+from .model import load as load
+from .records import Demonstration as Demonstration
+from .records import PreferencePair as PreferencePair
+from .records import Ranking as Ranking
+from .records import Unpaired as Unpaired
+from .sample import Answer as Answer
+from .sample import Comparison as Comparison
+from .sample import compare as compare
+from .sample import generate as generate
+from .sample import load_tuned as load_tuned
+from .settings import resolve as resolve
+from .settings import to_yaml as to_yaml
+from .train import TrainResult as TrainResult
+from .train import train as train
+
+__version__: str
