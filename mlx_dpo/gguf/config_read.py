@@ -53,6 +53,8 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
     scaling = _rope_scaling(prefix, config, fields, tensors)
     if scaling:
         config["rope_scaling"] = scaling
+        if scaling["type"] == "longrope":
+            config["original_max_position_embeddings"] = scaling["original_max_position_embeddings"]
     return config
 
 

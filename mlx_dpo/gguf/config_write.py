@@ -98,6 +98,11 @@ def _sliding_llama(base: Base) -> str | None:
     return "some of its layers attend within a sliding window" if types - {"full_attention"} else None
 
 
+def _sliding_gemma3(base: Base) -> str | None:
+    pattern = base.setting("sliding_window_pattern") if base.model_type == "gemma3_text" else 6
+    return None if pattern == 6 else f"its sliding_window_pattern is {pattern}, not 6"
+
+
 def _smollm3_layers(base: Base) -> str | None:
     if base.model_type != "smollm3":
         return None
@@ -131,6 +136,7 @@ CHECKS: tuple[Callable[[Base], str | None], ...] = (
     _stray_head,
     _traditional,
     _sliding_llama,
+    _sliding_gemma3,
     _smollm3_layers,
     _experts,
     _query_scale,

@@ -49,6 +49,8 @@ def open_llama_cpp(model: str | Path, adapter: str | Path | None = None, *, cont
     params.n_ctx = context
     params.n_parallel = 1
     params.n_gpu_layers = 0
+    # ggml's threads wait for each other by spinning: on a machine with other work, two are slower than one.
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
     params.warmup = False
     params.verbosity = -1
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

@@ -27,6 +27,8 @@ GPT4O = (
     rf"{_OTHER}{_UPPER}*{_LOWER}+{_CONTRACTION}?|{_OTHER}{_UPPER}+{_LOWER}*{_CONTRACTION}?|\p{{N}}{{1,3}}|{_SLASH_TAIL}"
 )
 
+CASE_NOTE = "llama.cpp tells upper from lower case in ASCII only and cuts before combining marks"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pretokenizer:
@@ -36,6 +38,7 @@ class Pretokenizer:
     ignore_merges: bool = False  # a word that is a token is taken whole, whatever the merges say
     add_bos: bool = False  # llama.cpp's default where the file does not say
     nfc: bool = False  # the models' own tokenizers compose characters first; llama.cpp does not
+    note: str = ""  # where llama.cpp is known to cut otherwise
 
 
 PRETOKENIZERS: dict[str, Pretokenizer] = {
@@ -45,8 +48,8 @@ PRETOKENIZERS: dict[str, Pretokenizer] = {
     "smaug-bpe": Pretokenizer(steps=(LLAMA3,)),
     "qwen2": Pretokenizer(steps=(QWEN2,), nfc=True),
     "qwen35": Pretokenizer(steps=(QWEN35,), nfc=True),
-    "tekken": Pretokenizer(steps=(TEKKEN,), ignore_merges=True, add_bos=True),
-    "gpt-4o": Pretokenizer(steps=(GPT4O,)),
+    "tekken": Pretokenizer(steps=(TEKKEN,), ignore_merges=True, add_bos=True, note=CASE_NOTE),
+    "gpt-4o": Pretokenizer(steps=(GPT4O,), note=CASE_NOTE),
 }
 
 SAME_AS = {

@@ -17,11 +17,12 @@ DIGIT_PATTERNS = (r"\p{N}", r"\d")
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
-def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> None:
+def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
     """Add the tokenizer of `folder` to a `gguf.GGUFWriter`, padded to `vocab_size` tokens.
 
-    Raises ModelError for a tokenizer that llama.cpp would run otherwise: not byte-pair encoding, an unknown
-    pre-tokenizer or normalizer, or more tokens than the model has.
+    Returns what is known to be cut otherwise by llama.cpp, a sentence each. Raises ModelError for a tokenizer that
+    llama.cpp would run otherwise: not byte-pair encoding, an unknown pre-tokenizer or normalizer, or more tokens than
+    the model has.
     """
     tokenizer = read_tokenizer_json(folder)
     model = tokenizer["model"]
@@ -31,6 +32,7 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> None:
     if max(tokens.values()) >= vocab_size:
         raise _refusal(folder, f"it has {max(tokens.values()) + 1} tokens and the model {vocab_size}")
     pieces, types = _pieces(tokenizer, tokens, vocab_size)
+    notes = []
     if model.get("byte_fallback"):
         prefix = _space_prefix(folder, tokenizer)
         writer.add_tokenizer_model("llama")
@@ -38,20 +40,25 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> None:
         scores = scores_of_merges(_merges(model))
         writer.add_token_scores([scores.get(piece, NEVER_MERGED) for piece in pieces])
         writer.add_add_space_prefix(prefix)
+        if prefix and (tokenizer.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
+            notes.append("llama.cpp puts a space before text that follows a special token; this tokenizer does not")
         # A user-defined token is matched against the text, in which a space is a space.
         pieces = [p.replace(SPACE, " ") if t == USER_DEFINED else p for p, t in zip(pieces, types, strict=True)]
     else:
+        name = recognise_pretokenizer(folder, tokenizer)
         writer.add_tokenizer_model("gpt2")
-        writer.add_tokenizer_pre(recognise_pretokenizer(folder, tokenizer))
+        writer.add_tokenizer_pre(name)
+        notes += [PRETOKENIZERS[name].note] * bool(PRETOKENIZERS[name].note)
     writer.add_token_list(pieces)
     writer.add_token_types(types)
     special = gguf_package().SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
+    return notes
 
 
 def recognise_pretokenizer(folder: Path, tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts text, from expressions and structure in tokenizer.json.
+    """llama.cpp's name for how a byte-level tokenizer cuts text, from the expressions in its tokenizer.json.
 
     Raises ModelError, naming what was found, when no entry of `PRETOKENIZERS` is the same.
     """
@@ -67,7 +74,7 @@ def recognise_pretokenizer(folder: Path, tokenizer: dict[str, Any]) -> str:
 
 
 def scores_of_merges(merges: list[list[str]]) -> dict[str, float]:
-    """Scores with which sentencepiece's algorithm does what `merges` say: minus the first rank that makes a piece.
+    """Scores by which sentencepiece does what `merges` say: minus the rank of the first that makes a piece.
 
     Pieces that nothing makes have none; single characters need none.
     """
@@ -80,7 +87,7 @@ def scores_of_merges(merges: list[list[str]]) -> dict[str, float]:
 def general_name(folder: Path, name: str) -> str:
     """`name`, mended where llama.cpp reads more into it than a name.
 
-    A name with "phi-3" or "phi3" in it makes special tokens swallow the white space after them, and needs four tokens to
+    A name with "phi-3" or "phi3" in it makes special tokens swallow white space after them, and needs four tokens to
     be there: so it stands in the name exactly when the tokenizer has tokens that do so.
     """
     tokenizer = read_tokenizer_json(folder)

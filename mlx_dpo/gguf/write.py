@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +39,7 @@ class ExportReport:
     tensors: dict[str, int]  # how many of each ggml type
     adapted: int  # matrices that the adapter changed, or that the adapter file holds
     not_exact: tuple[str, ...] = ()  # with q4_1: quantized matrices that ggml has no exact kind for, written as F16
+    notes: tuple[str, ...] = ()  # where llama.cpp is known to cut text otherwise than the tokenizer
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def export_model_gguf(
     for name in (name for name in base.shapes if name in base.files):
         adapted = adapter is not None and name.removesuffix(".weight") in adapter.modules
         kind, repack = _kind(base, name, outtype, adapted)
-        if outtype == "q4_1" and base.quantization(name) and not repack and not adapted:
+        if outtype == "q4_1" and kind == "F16" and base.quantization(name) and not adapted:
             not_exact.append(name)
         gguf_name = str(to_gguf_name(base.architecture, name))
         make = _repacked(base, name, kind) if repack else _dense(base, name, kind, adapter if adapted else None)
@@ -118,10 +119,9 @@ def export_model_gguf(
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         for key, value in settings.items():
             add[type(value)](key, value)
-        write_tokenizer(base.folder, base.shapes["model.embed_tokens.weight"][0], writer)
-        count = len(adapter.modules) if adapter else 0
-        report = _write(writer, Path(out), planned, count, progress, tuple(not_exact))
-    return report
+        notes = write_tokenizer(base.folder, base.shapes["model.embed_tokens.weight"][0], writer)
+        report = _write(writer, Path(out), planned, len(adapter.modules) if adapter else 0, progress)
+    return replace(report, not_exact=tuple(not_exact), notes=tuple(notes))
 
 
 def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
@@ -222,14 +222,7 @@ def _beside(out: Path) -> Path:
     return out.with_name(f".{out.name}.unfinished")
 
 
-def _write(
-    writer: Any,
-    out: Path,
-    planned: list[Planned],
-    adapted: int,
-    progress: Progress | None,
-    not_exact: tuple[str, ...] = (),
-) -> ExportReport:
+def _write(writer: Any, out: Path, planned: list[Planned], adapted: int, progress: Progress | None) -> ExportReport:
     gguf = gguf_package()
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]
@@ -253,5 +246,4 @@ def _write(
         bytes=_beside(out).stat().st_size,
         tensors=dict(Counter(tensor.kind for tensor in planned)),
         adapted=adapted,
-        not_exact=not_exact,
     )
