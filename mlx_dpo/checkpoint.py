@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optimizers
+import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.arrays import flat, read_arrays
@@ -53,7 +54,7 @@ def save_checkpoint(
     with written_whole(target) as folder:
         save(model, adapter, folder, base=base)
         mx.save_safetensors(str(folder / "optimizer.safetensors"), flat(optimizer.state))
-        mx.save_safetensors(str(folder / "random.safetensors"), {str(i): key for i, key in enumerate(_random_state())})
+        mx.save_safetensors(str(folder / "random.safetensors"), {"key": _random_key()})
         if reference is not None:
             reference.save(folder)
         (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
@@ -82,8 +83,8 @@ def restore_checkpoint(
         progress = Progress(**json.loads((folder / "progress.json").read_text()))
         weights = read_arrays(folder / "adapters.safetensors")
         state = read_arrays(folder / "optimizer.safetensors")
-        random = read_arrays(folder / "random.safetensors")
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
+        high, low = np.array(read_arrays(folder / "random.safetensors")["key"]).tolist()
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise RunError(
             f"the checkpoint {folder} cannot be read: {error}", "remove it, and --resume takes the one before"
         ) from error
@@ -101,11 +102,10 @@ def restore_checkpoint(
         raise RunError(f"the checkpoint {folder} holds another adapter than this configuration makes")
     model.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(state.items()))
-    for i, key in random.items():
-        _random_state()[int(i)] = key
+    mx.random.seed(high << 32 | low)  # a seed's key is its two halves, and there is no other way to set it
     return progress
 
 
-def _random_state() -> list[mx.array]:
-    """MLX's global random keys: the list itself, in which they can be set."""
-    return mx.random.state  # type: ignore[return-value]
+def _random_key() -> mx.array:
+    """The key of MLX's global random numbers, `[2]` uint32."""
+    return mx.random.state[0]  # type: ignore[index]
