@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_dpo import lora, reference
 from mlx_dpo.arrays import Kind
+from mlx_dpo.batching import length, make_batch
 from mlx_dpo.config import LossConfig, RunConfig, SpeedConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.encode import TokenizedRow, encode_records
@@ -78,6 +79,7 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
     trunk = TrunkStore(everything, speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9) if speed.trunk else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
+    _fill_trunk(scorer, config.train.batch_size, everything, on_event)
     known = None
     if needs_reference(config.loss):
         known = _reference(config, loaded, scorer, adapter, everything, on_event)
@@ -87,6 +89,26 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     )
     mx.random.seed(config.train.seed)
     return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
+
+
+def _fill_trunk(scorer: Scorer, batch_size: int, rows: list[TokenizedRow], on_event: OnEvent) -> None:
+    """Computes what the frozen blocks give for every row, before anything else and always in the same batches.
+
+    Rounding depends on the batch in which a row is computed. Were rows kept as they happen to come by, a resumed run,
+    which meets them in other batches, would differ from a straight one in the last bits.
+    """
+    if scorer.trunk is None or scorer.first_adapted == 0:
+        return
+    places = [i for i, row in enumerate(rows) if row.shares_prompt]
+    places.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
+    for start in range(0, len(places), batch_size):
+        on_event(Phase("frozen blocks", start, len(places), "rows"))
+        part = places[start : start + batch_size]
+        batch = make_batch([rows[i] for i in part], part)
+        states = scorer.score(batch, gradient=False).states
+        mx.eval(states)  # and not the log-probs: no block above is computed
+        scorer.keep(batch, states)
+    on_event(Phase("frozen blocks", len(places), len(places), "rows"))
 
 
 def kind_of(loss: LossConfig) -> Kind:
@@ -99,7 +121,7 @@ def mismatched(rows: list[TokenizedRow]) -> list[TokenizedRow]:
     """Unpaired rows with a second answer, the next row's: what KTO estimates its KL from (Ethayarajh et al. 2024)."""
     following = rows[1:] + rows[:1]
     return [
-        row._replace(completions=row.completions + other.completions, starts=(0, 0), ranks=(1.0, 0.0))
+        row._replace(completions=row.completions + other.completions, starts=row.starts * 2, ranks=(1.0, 0.0))
         for row, other in zip(rows, following, strict=True)
     ]
 
@@ -152,12 +174,12 @@ def fingerprint(stage: Stage) -> dict[str, Any]:
     config = stage.config
     ids = hashlib.blake2b(digest_size=16)
     for row in stage.rows:
-        ids.update(json.dumps([row.prompt, row.completions, row.ranks, row.label]).encode())
+        ids.update(json.dumps([row.prompt, row.completions, row.starts, row.ranks, row.label]).encode())
     return {
         "rows": f"{stage.train_rows} + {len(stage.held_out)}, {ids.hexdigest()}",
         "model": stage.loaded.name + " " + stage.loaded.form,
         "start": config.model.adapter,
-        "lora": asdict(stage.adapter) | {"keys": list(stage.adapter.keys)},
+        "lora": asdict(stage.adapter) | {"keys": list(stage.adapter.keys), "dropout": config.lora.dropout},
         "loss": asdict(config.loss),
         "optim": asdict(config.optim),
         "total_steps": stage.total_steps,
