@@ -71,7 +71,8 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
             if progress.step == 0:
                 _evaluate(stage, run, progress, on_event)
 
-            while progress.step < stage.total_steps and not wish.stop:
+            stop = wish.stop
+            while progress.step < stage.total_steps and not stop:
                 rate = learning_rate(config.optim, progress.step, stage.total_steps)
                 metrics = take_step(_next_batches(stage, progress), rate, progress)
 
@@ -81,7 +82,8 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
                 every = config.train.steps_per_eval
                 if last or (every and progress.step % every == 0):
                     _evaluate(stage, run, progress, on_event)
-                if last or wish.stop or progress.step % config.train.save_every == 0:
+                stop = wish.stop  # read once, so that the step that ends the run is the step that is saved
+                if last or stop or progress.step % config.train.save_every == 0:
                     _save(stage, run, optimizer, progress, on_event)
 
         _write_final(stage, run, progress)
