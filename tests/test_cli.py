@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -54,7 +55,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, bool]]:
             output=Path(config.train.output), steps=3, total_steps=3, interrupted=False, evaluations=[], best_step=3
         )
 
-    monkeypatch.setattr("mlx_dpo.train.train", train)
+    monkeypatch.setattr(import_module("mlx_dpo.train"), "train", train)
     return calls
 
 
@@ -91,7 +92,7 @@ def test_an_error_of_the_users_is_a_message_and_an_exit_status(monkeypatch: pyte
     def fail(*_: object, **__: object) -> None:
         raise RunError("the disk is [full]", "remove something")
 
-    monkeypatch.setattr("mlx_dpo.train.train", fail)
+    monkeypatch.setattr(import_module("mlx_dpo.train"), "train", fail)
     result = call("train", "--model", "m", "--data", "d", code=1)
     assert result.stdout == ""
     assert result.stderr.splitlines() == ["error: the disk is [full]", "remove something"]
@@ -101,7 +102,7 @@ def test_an_error_of_the_programs_keeps_its_traceback(monkeypatch: pytest.Monkey
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("mlx_dpo.train.train", fail)
+    monkeypatch.setattr(import_module("mlx_dpo.train"), "train", fail)
     with pytest.raises(ZeroDivisionError, match="a bug"):
         call("train", "--model", "m", "--data", "d")
 
@@ -110,7 +111,7 @@ def test_ctrl_c_ends_with_130_and_a_line(monkeypatch: pytest.MonkeyPatch) -> Non
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_dpo.train.train", interrupt)
+    monkeypatch.setattr(import_module("mlx_dpo.train"), "train", interrupt)
     assert call("train", "--model", "m", "--data", "d", code=130).stderr == "interrupted\n"
 
 
@@ -122,6 +123,16 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     os.close(writing)
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(config: RunConfig, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(output=tmp_path, steps=3, total_steps=9, interrupted=True, evaluations=[], best_step=0)
+
+    monkeypatch.setattr(import_module("mlx_dpo.train"), "train", train)
+    result = call("train", "--model", "m", "--data", "d", "--output", tmp_path, code=130)
+    assert "stopped after step 3 of 9" in result.stderr
+    assert f"mlx-dpo train --output {tmp_path} --resume" in result.stderr
 
 
 # Flags
@@ -170,6 +181,12 @@ def test_resume_takes_the_settings_that_the_run_was_started_with(
     (tmp_path / "config.yaml").write_text(to_yaml(begun))
     call("train", "--output", tmp_path, "--resume")
     assert trained == [(begun, True)]
+
+
+def test_sft_is_training_with_the_loss_that_imitates(trained: list[tuple[RunConfig, bool]]) -> None:
+    call("sft", "--model", "m", "--data", "d", "--rank", "4")
+    config, _ = trained[0]
+    assert (config.loss.type, config.lora.rank) == ("sft", 4)
 
 
 def test_all_wrong_flags_are_named_at_once() -> None:
