@@ -273,15 +273,17 @@ def test_check_shows_what_is_prompt_what_is_scored_and_what_was_cut(tiny_llama: 
     )
 
 
-def test_the_demo_goes_all_its_way(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_goes_all_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def small(model: Path, output: Path) -> RunConfig:
         config = settings(model, output)
-        return replace(config, lora=LoraConfig(num_layers=2), train=replace(config.train, iters=2, batch_size=2))
+        return replace(config, lora=LoraConfig(num_layers=1), train=replace(config.train, iters=2, batch_size=2))
 
     settings = demo_verb.demo_config
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = tiny_model_folder(tmp_path / "model", **shape, num_key_value_heads=1)
     monkeypatch.setattr(demo_verb, "demo_config", small)
     monkeypatch.setattr(demo_verb, "LONGEST_ANSWER", 4)
-    monkeypatch.setattr("mlx_dpo.demo_model.fetch_demo_model", lambda progress: tiny_llama)
+    monkeypatch.setattr("mlx_dpo.demo_model.fetch_demo_model", lambda progress: model)
     shown = call("demo", "--output", tmp_path / "run").stdout
     assert "What is the largest ocean on Earth?" in shown
     assert "51 unseen pairs ranked right" in shown
