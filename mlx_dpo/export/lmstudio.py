@@ -10,7 +10,7 @@ from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.export.fuse import check_output
 from mlx_dpo.export.ollama import write_fused_gguf
-from mlx_dpo.export.verify import Verified
+from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
 from mlx_dpo.run import written_whole
 
@@ -24,7 +24,7 @@ class LMStudioReport:
 
     gguf: Path
     name: str
-    verified: Verified | None
+    verified: VerifyReport | None
 
 
 def export_lmstudio(

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -16,8 +17,9 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.export.fuse import check_output, load_stored
 from mlx_dpo.export.ollama_template import go_template, learn_shape
-from mlx_dpo.export.verify import Verified, verify_gguf
+from mlx_dpo.export.verify import verify_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
+from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType, export_model_gguf
 from mlx_dpo.model import resolve
 from mlx_dpo.run import written_whole
@@ -42,7 +44,7 @@ class OllamaReport:
     gguf: Path
     commands: tuple[str, ...]
     has_template: bool
-    verified: Verified | None
+    verified: VerifyReport | None
 
 
 def export_ollama(
@@ -79,7 +81,7 @@ def export_ollama(
         (beside / "Modelfile").write_text(text)
     if not has_template:
         on_event(Warned("the chat template is not made of constant texts: Ollama will use its own reading of it"))
-    commands = (f"ollama create {called} -f {output / 'Modelfile'}", f"ollama run {called}")
+    commands = (f"ollama create {called} -f {quote(str(output / 'Modelfile'))}", f"ollama run {called}")
     return OllamaReport(output, gguf, commands, has_template, verified)
 
 
@@ -93,7 +95,7 @@ def write_fused_gguf(
     data: DataConfig | None,
     rows: int,
     on_event: OnEvent,
-) -> Verified | None:
+) -> VerifyReport | None:
     """Writes base + adapter as one GGUF file and, where it can, checks it in llama.cpp; `adapter` may be a PEFT folder.
 
     Raises:
@@ -104,10 +106,10 @@ def write_fused_gguf(
             resolve(model.path, model.revision), folder, file, outtype,
             lambda done, total: on_event(Phase("writing GGUF", done, total, "tensors")),
         )  # fmt: skip
-    if not verify or not runtime_installed():
-        return None
-    trained = replace(model, adapter=str(adapter))
-    return verify_gguf(trained, file, exact=outtype == "f32", data=data, rows=rows, on_event=on_event)
+        if not verify or not runtime_installed():
+            return None
+        trained = replace(model, adapter=str(folder))
+        return verify_gguf(trained, file, outtype, data=data, rows=rows, on_event=on_event)
 
 
 @contextmanager

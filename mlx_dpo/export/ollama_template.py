@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from mlx_dpo.encode import unwrap
 
-SYSTEM, TURNS = "@@s@@", tuple(f"@@{n}@@" for n in range(5))
+SYSTEM, TURNS = "@Ruled@", tuple(f"@Said{n}@" for n in range(5))
 """Stand-ins for what is said; user and assistant take turns, and the user has the last word."""
 
 

@@ -18,12 +18,17 @@ from mlx_dpo.encode import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluate import score_rows
 from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, float32_log_probs
+from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.model import load, resolve
 from mlx_dpo.reference import Reference
 
 EXACT = 1e-3
 """Largest difference of a token's log-prob, in nats, that float32 on two ways to the same numbers explains."""
+
+GEMMA = 0.1
+"""The same of Gemma's models in llama.cpp, which takes their GELU from a table in half precision."""
 
 DROWNED = 0.5
 """Where weights were rounded: how large the error may be beside the adapter's own effect before the check fails."""
@@ -97,22 +102,19 @@ def verify(
     run: Runtime,
     *,
     tolerance: float | None,
-    longest: int | None = None,
     data: DataConfig | None = None,
     rows: int = 32,
     on_event: OnEvent = ignore,
 ) -> Verified:
-    """Holds what `run` computes against base + `trained.adapter`, on the first `rows` of `data` or of the demo's rows,
-    of each answer on `longest` tokens at most.
+    """Holds what `run` computes against base + `trained.adapter`, on the first `rows` of `data` or of the demo's rows.
 
     Raises:
         ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
     """
     on_event(Phase(f"checking in {runtime}", 0, 1, ""))
-    data = data or DataConfig(path=str(files("mlx_dpo") / "demo_data" / "test.jsonl"))
+    data = data or demo_rows()
     loaded = load(trained)
     tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
-    tokenized = [row._replace(completions=tuple(ids[:longest] for ids in row.completions)) for row in tokenized]
     off = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     if trained.adapter:
         lora.load(loaded.model, trained.adapter)
@@ -127,6 +129,11 @@ def verify(
             "nothing was kept of it; please report the model's architecture and the adapter's settings",
         )
     return found
+
+
+def demo_rows() -> DataConfig:
+    """The package's own rows, for who has none."""
+    return DataConfig(path=str(files("mlx_dpo") / "demo_data" / "test.jsonl"))
 
 
 def compare(
@@ -213,49 +220,29 @@ def verify_peft(
 def verify_gguf(
     trained: ModelConfig,
     file: Path,
+    outtype: str,
     *,
-    adapter: Path | None = None,
-    exact: bool,
     data: DataConfig | None = None,
     rows: int = 4,
     on_event: OnEvent = ignore,
-) -> Verified:
-    """Holds a GGUF file (with an adapter's file on it, where `file` is the base) against what was trained, by
-    llama.cpp itself, on the first tokens of each answer.
-
-    `exact` says that nothing was rounded; Gemma's models are held to the looser measure even then, since llama.cpp
-    takes their GELU from a table in half precision.
+) -> VerifyReport:
+    """Holds a fused GGUF file with weights of `outtype` against base + `trained.adapter` (an mlx-lm folder), by
+    llama.cpp itself, over the likeliest tokens at positions of `rows` rows of `data` or of the demo's rows.
 
     Raises:
-        MlxDpoError: llama.cpp is not installed.
-        ModelError: the file, if `exact`, computes something else than was trained.
+        MlxDpoError: llama.cpp is not installed, or the file computes something else than was trained, or does nothing.
     """
-    from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
+    from mlx_lm.utils import load_config, load_tokenizer
 
-    def run(tokenized: Sequence[TokenizedRow]) -> Reference:
-        longest = max(len(row.context(k)) + len(ids) for row in tokenized for k, ids in enumerate(row.completions))
-        llama = open_llama_cpp(file, adapter, context=longest + 8)
-
-        def logp(before: list[int], token: int) -> float:
-            found = next_log_probs(llama, before, top=2000)[token]
-            return float(found if np.isfinite(found) else next_log_probs(llama, before)[token])
-
-        return [
-            [
-                np.array([logp(row.context(k) + ids[:n], ids[n]) for n in range(len(ids))], np.float32)
-                for k, ids in enumerate(row.completions)
-            ]
-            for row in tokenized
-        ]
-
-    exact = exact and not str(_model_type(trained)).startswith("gemma")
-    plain = replace(trained, compute_dtype="float32")
-    return verify(
-        plain, "llama.cpp", run, tolerance=EXACT if exact else None, longest=8, data=data, rows=rows, on_event=on_event
-    )
-
-
-def _model_type(config: ModelConfig) -> str | None:
-    from mlx_lm.utils import load_config
-
-    return load_config(resolve(config.path, config.revision)).get("model_type")
+    on_event(Phase("checking in llama.cpp", 0, 1, ""))
+    folder = resolve(trained.path, trained.revision)
+    data = data or demo_rows()
+    tokenized, _ = encode_records(load_records(data.path)[:rows], load_tokenizer(folder)._tokenizer, data)
+    on, off = float32_log_probs(folder, trained.adapter)
+    tolerance = TOLERANCES[outtype]
+    if str(load_config(folder).get("model_type")).startswith("gemma"):
+        tolerance = max(tolerance, GEMMA)
+    ids = [row.context(0) + row.completions[0] for row in tokenized]
+    report = held_in_llama_cpp(file, ids, on, adapter_off=off, tolerance=tolerance)
+    on_event(Phase("checking in llama.cpp", 1, 1, ""))
+    return report
