@@ -84,6 +84,23 @@ def test_on_a_cpu_packed_weights_are_unpacked_once_to_the_same_function(
         assert {value.dtype for _, value in tree_flatten(loaded.model.parameters())} == {mx.float32}
 
 
+def test_a_packed_folder_and_its_numbers_written_out_are_one_function(tmp_path: Path) -> None:
+    """w = scale * q + bias, written as float32: log-probs to 1e-5."""
+    packed, written = tiny_model_folder(tmp_path / "packed", quantize_bits=4), tmp_path / "written"
+    tiny_model_folder(written)
+    weights = mx.load(str(packed / "model.safetensors"))
+    plain = {
+        name: mx.dequantize(value, weights[name[:-6] + "scales"], weights[name[:-6] + "biases"], 32, 4)
+        if name[:-6] + "scales" in weights
+        else value
+        for name, value in weights.items()
+        if not name.endswith((".scales", ".biases"))
+    }
+    mx.save_safetensors(str(written / "model.safetensors"), plain)
+    found, expected = (load(ModelConfig(path=str(folder), compute_dtype="float32")) for folder in (packed, written))
+    assert_close(log_probs(found.model), log_probs(expected.model))
+
+
 def test_expert_weights_with_a_scale_of_their_own_are_the_same_function_too(tmp_path: Path) -> None:
     """nvfp4 knows 4 and 6 and nothing between: its error is up to 1/6 of a group's largest weight, and 1/16 of its scale.
 

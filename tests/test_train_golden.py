@@ -26,7 +26,7 @@ def runs(
     all_runs = json.loads((golden / "train_curve.json").read_text())["runs"]
     trl = all_runs[request.param]
     if request.param == "sgd_accum2":
-        # of two micro-batches TRL averages the means, which here are means over all tokens: those of the undivided batch
+        # TRL averages the means of two micro-batches; here they are means over all tokens, as in the undivided batch
         for step, undivided in zip(trl["steps"], all_runs["sgd"]["steps"], strict=True):
             step.update({name: undivided[name] for name in PER_TOKEN})
     said = trl["hyper_parameters"]
