@@ -109,7 +109,7 @@ def fuse(
         verified = None
         if verify:
             trained = replace(model, adapter=str(adapter))
-            exact = all(loss.error == 0 for loss in losses) and plain.dtype in (None, mx.float32)
+            exact = all(loss.form == "float32" for loss in losses)
             verified = verify_folder(trained, beside, exact=exact, data=data, rows=rows, on_event=on_event)
             if not verified.holds:
                 on_event(Warned(_shortfall(verified)))
@@ -184,14 +184,12 @@ def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form
     """Puts every layer into its final form, lazily, and gives the configuration that says so."""
     fused = {name for name, _ in adapted_layers(model)}
     was_packed = any(is_packed(module) for _, module in model.named_modules())
-    model.update_modules(tree_unflatten([(name, _merged(module)) for name, module in adapted_layers(model)]))
-    opened = [
-        (name, _opened(module, full_weight(module)))
-        for name, module in model.named_modules()
-        if is_packed(module) and not plain.holds(module)
-    ]
+    merged = [(name, _opened(base_of(module), merged_weight(module), plain)) for name, module in adapted_layers(model)]
+    model.update_modules(tree_unflatten(merged))
+    packed = [(name, module) for name, module in model.named_modules() if is_packed(module)]
+    opened = [(name, _opened(module, full_weight(module), plain)) for name, module in packed if not plain.holds(module)]
     model.update_modules(tree_unflatten(opened))
-    if plain.dtype is not None:
+    if plain.dtype is not None and len(opened) == len(packed):  # else the base stays what it was
         _cast(model, plain.dtype)
     if plain.bits is not None:
         # what a quantized base holds in full stays full
@@ -200,13 +198,8 @@ def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form
     return _settings(model, config, plain)
 
 
-def _merged(module: Any) -> nn.Module:
-    base, weight = base_of(module), merged_weight(module)
-    return _opened(base, weight if is_packed(base) else weight.astype(base.weight.dtype))
-
-
-def _opened(layer: Any, weight: mx.array) -> nn.Module:
-    """An unpacked layer of `layer`'s kind with `weight`, and its bias."""
+def _opened(layer: Any, weight: mx.array, form: Form) -> nn.Module:
+    """An unpacked layer of `layer`'s kind with `weight` in the form's dtype, and its bias."""
     from mlx_lm.models.switch_layers import SwitchLinear
 
     plain: Any
@@ -216,19 +209,18 @@ def _opened(layer: Any, weight: mx.array) -> nn.Module:
         plain = nn.Embedding(1, 1)
     else:
         plain = nn.Linear(1, 1, bias=False)
-    plain.weight = weight
+    plain.weight = weight.astype(form.of(layer).dtype or weight.dtype)
     if "bias" in layer:
         plain.bias = layer.bias
     return plain
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    """Floats to `dtype`, but for what the architecture wants in float32 and for scales of layers that stay packed."""
+    """Floats to `dtype`, but for what the architecture wants in float32."""
     wanted = getattr(model, "cast_predicate", lambda name: True)
-    packed = tuple(f"{name}." for name, module in model.named_modules() if is_packed(module))
 
     def cast(name: str, value: mx.array) -> mx.array:
-        keep = not mx.issubdtype(value.dtype, mx.floating) or not wanted(name) or name.startswith(packed)
+        keep = not mx.issubdtype(value.dtype, mx.floating) or not wanted(name)
         return value if keep else value.astype(dtype)
 
     model.update(tree_map_with_path(cast, model.parameters()))
