@@ -9,6 +9,9 @@ import mlx.core as mx
 
 from mlx_dpo.prefix import AnswerCache, PromptCache
 
+Twice = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A transform of functions, such as `mx.checkpoint`."""
+
 
 class Block:
     """A block of the model that answers for it in everything (`use_sliding`, `layer_type`, …) but its call."""
@@ -58,7 +61,12 @@ class Checkpointed(Block):
 
     What is computed twice must be a pure function, or the second time differs from the first: keys and values of the
     prompt go in as arguments and come out as results, instead of lying in a cache that the block changes.
+    `twice` makes of a function one that is computed again when its gradient is taken.
     """
+
+    def __init__(self, block: Any, twice: Twice = mx.checkpoint) -> None:
+        super().__init__(block)
+        self._twice = twice
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache | AnswerCache)), None)
@@ -76,7 +84,7 @@ class Checkpointed(Block):
             )
             return (out, local.keys, local.values) if isinstance(local, PromptCache) else out
 
-        out = mx.checkpoint(pure)(parameters, x, *before)
+        out = self._twice(pure)(parameters, x, *before)
         self._block.update(parameters)
         if isinstance(cache, PromptCache):
             out, cache.keys, cache.values = out

@@ -8,7 +8,7 @@ runs on the positions that predict a completion token and on no other, in chunks
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +16,7 @@ import numpy as np
 
 from mlx_dpo.arrays import TokenLogps, flat
 from mlx_dpo.batching import Batch
-from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped
+from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped, Twice
 from mlx_dpo.config import SpeedConfig
 from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
@@ -93,6 +93,7 @@ class Scorer:
 
     `trunk` is a store of the frozen blocks' output for the rows of one data set; batches must carry that data set's
     places. A pass that finds all its rows there begins at the first adapted block; another one gives their `states`.
+    `twice` is what `checkpoint` makes of a block's function.
     """
 
     def __init__(
@@ -102,10 +103,12 @@ class Scorer:
         *,
         checkpoint: bool = False,
         trunk: TrunkStore | None = None,
+        twice: Twice = mx.checkpoint,
     ) -> None:
         self.model = model
         self.speed = speed or SpeedConfig()
         self.checkpoint = checkpoint
+        self.twice = twice
         self.trunk = trunk
         self.parts = take_apart(model)
         self.first_adapted = first_adapted(model)
@@ -172,7 +175,7 @@ class Scorer:
         blocks: list[Block] = [Block(block) for block in self.model.layers]
         first = self.first_adapted
         if self.checkpoint and self.model.training:
-            blocks[first:] = [Checkpointed(block) for block in self.model.layers[first:]]
+            blocks[first:] = [Checkpointed(block, self.twice) for block in self.model.layers[first:]]
         if first < len(blocks) and listener.fed is not None:
             blocks[:first] = [Skipped(block) for block in self.model.layers[:first]]
             blocks[first] = Fed(blocks[first], listener.fed[which])
@@ -195,26 +198,19 @@ def head_logps(
 
     log p of a token depends on that token's hidden state alone, so its gradient is one vector of the hidden size:
     J_n = ∂/∂h_n (logit[target] − logsumexp(logits)) = headᵀ(onehot(target) − softmax). It is computed while the chunk's
-    logits are at hand and kept; the backward pass is then cotangent · J, with no logits made again. The head itself
-    gets no gradient: it must be frozen.
+    logits are at hand and kept; the backward pass is then cotangent · J, with no logits made again: the value is
+    log p + J · (h − h₀), where h₀ is h itself, held fixed. The head itself gets no gradient: it must be frozen.
     """
     chunk = max(16, CHUNK_LOGITS // head(hidden[:1]).shape[-1])  # shapes are known without computing
     if not gradient:
         return _by_chunks(lambda h, t: _measure(head(h), t, stats), hidden, target, chunk)
     width = 1 + len(stats)
-
-    @mx.custom_function
-    def score(hidden: mx.array, target: mx.array) -> mx.array:
-        # one array a chunk: values and J are consumed together, so that the chunk's logits are no longer wanted
-        return _by_chunks(lambda h, t: _measure_with_gradient(head, h, t, stats), hidden, target, chunk)
-
-    @score.vjp
-    def pull_back(primals: list[mx.array], cotangent: mx.array, out: mx.array) -> tuple[mx.array, ...]:
-        hidden, target = primals
-        return (cotangent[:, :1] * out[:, width:]).astype(hidden.dtype), mx.zeros_like(target)
-
-    values = cast(mx.array, score(hidden, target))
-    return values[:, :width]
+    # one array a chunk: values and J are consumed together, so that the chunk's logits are no longer wanted
+    fixed = mx.stop_gradient(hidden)
+    out = _by_chunks(lambda h, t: _measure_with_gradient(head, h, t, stats), fixed, target, chunk)
+    values, slope = mx.split(mx.stop_gradient(out), [width], axis=-1)
+    moved = ((hidden - fixed).astype(mx.float32) * slope).sum(-1, keepdims=True)  # 0, and its gradient is J
+    return mx.concatenate([values[:, :1] + moved, values[:, 1:]], axis=-1)
 
 
 def _by_chunks(

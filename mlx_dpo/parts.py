@@ -87,7 +87,7 @@ class Parts:
         """The model's own head on `hidden [N, hidden]`: raw logits `[N, vocab]`."""
         tokens = mx.zeros((1, hidden.shape[0]), mx.int32)
         out: mx.array = self._outer(lambda *args, **kwargs: hidden[None])(tokens)
-        return out[0]
+        return out.squeeze(0)  # out[0] would gather a copy of the logits, and scatter their gradient
 
 
 def take_apart(model: nn.Module) -> Parts | None:
