@@ -14,7 +14,7 @@ find_python() {
             return
         fi
     done
-    say "This needs Python 3.10 or later with its venv module; python3 here is: $(python3 --version 2>&1 || true)"
+    say "This needs Python 3.10 or later with its venv module; python3 here is: $(python3 --version 2>/dev/null || echo none)"
     say "Install one (macOS: brew install python; Debian, Ubuntu: apt-get install python3 python3-venv) and run this again."
     return 1
 }
