@@ -204,6 +204,16 @@ def test_what_cannot_be_read_is_refused_and_leaves_no_folder(tiny_llama: Path, t
         import_gguf(tmp_path / "adapter.gguf", tmp_path / "there")
 
 
+def test_an_interrupted_import_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    export_model_gguf(tiny_llama, None, tmp_path / "model.gguf", "f16")
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_without_the_gguf_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 

@@ -93,6 +93,21 @@ def byte_fallback(prefix: str) -> Tokenizer:
     return _trained(tokenizer, ["▁"], ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256))])
 
 
+def phi3() -> Tokenizer:
+    """Byte-fallback with special tokens that swallow the white space after them."""
+    state = json.loads(byte_fallback("prepend").to_str())
+    plain = {"single_word": False, "lstrip": False, "normalized": False, "special": True}
+    names = {"<s>": False, "</s>": True, "<|user|>": True, "<|end|>": True}
+    for content, rstrip in names.items():
+        state["model"]["vocab"][content] = len(state["model"]["vocab"])
+        added = {"id": state["model"]["vocab"][content], "content": content, "rstrip": rstrip}
+        state["added_tokens"].append(added | plain)
+    for added in state["added_tokens"]:
+        if added["content"] in ("<|im_start|>", "<|im_end|>"):
+            added["rstrip"] = True
+    return Tokenizer.from_str(json.dumps(state))
+
+
 def _regex(expression: str) -> Any:
     from tokenizers import Regex
 
@@ -166,6 +181,22 @@ def test_a_tokenizer_read_back_from_its_file_is_the_same(kind: str, tmp_path: Pa
     assert settings["chat_template"] == CHATML
     assert settings["eos_token"] == "<|im_end|>"
     assert json.loads((tmp_path / "back" / "generation_config.json").read_text())["eos_token_id"]
+
+
+def test_special_tokens_that_swallow_white_space_do_so_in_llama_cpp(tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="real llama.cpp is not installed: pip install xllamacpp")
+    from mlx_dpo.gguf.llamacpp import open_llama_cpp, tokenize
+
+    tokenizer = phi3()
+    export_model_gguf(make_folder(tmp_path / "base", tokenizer), None, tmp_path / "model.gguf", "f16")
+    llama = open_llama_cpp(tmp_path / "model.gguf")
+    for text in (
+        "<|user|>\n What is it?<|end|>\n<|im_start|>  x",
+        "a </s>  b",
+        "<s> a <|endoftext|> b",
+        *strings()[:300],
+    ):
+        assert tokenize(llama, text) == tokenizer.encode(text, add_special_tokens=False).ids, text
 
 
 def test_scores_say_which_merge_comes_first() -> None:

@@ -48,6 +48,7 @@ COMMON_SETTINGS = {
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
 }
+GELU_TABLE = 0.1
 SLIDING = {"attention.sliding_window": "sliding_window"}
 
 LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -65,6 +66,7 @@ class Architecture:
     interleaved_rope: bool = False  # rows of q and k in pairs: ggml rotates neighbours, Hugging Face halves
     norm_offset: bool = False  # norms are kept as weight + 1
     untied_head: bool = True  # whether an output matrix of its own may exist
+    own_rounding: float = 0.0  # nats that llama.cpp's own float32 costs: it looks GELU up in a table of float16
     query_scalar_big: tuple[int, int] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
 
 
@@ -91,7 +93,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     ),
-    "gemma": Architecture(gguf="gemma", model_class="GemmaForCausalLM", norm_offset=True, untied_head=False),
+    "gemma": Architecture(
+        gguf="gemma", model_class="GemmaForCausalLM", norm_offset=True, untied_head=False, own_rounding=GELU_TABLE
+    ),
     "gemma2": Architecture(
         gguf="gemma2",
         model_class="Gemma2ForCausalLM",
@@ -104,6 +108,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         norm_offset=True,
         untied_head=False,
+        own_rounding=GELU_TABLE,
         query_scalar_big=(46, 144),
     ),
     "gemma3_text": Architecture(
@@ -114,6 +119,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         constants={"sliding_window_pattern": 6},
         norm_offset=True,
         untied_head=False,
+        own_rounding=GELU_TABLE,
         query_scalar_big=(62, 168),
     ),
     "phi3": Architecture(

@@ -89,22 +89,25 @@ def import_gguf(
     beside = folder.with_name(f".{folder.name}.unfinished")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
-    modules = _write_weights(reader.tensors, names, architecture, config, dtype, beside, progress)
-    if modules:
-        usual = Counter(modules.values()).most_common(1)[0][0]
-        config["quantization"] = {"group_size": GROUP, "bits": usual, "mode": "affine"} | {
-            name: {"group_size": GROUP, "bits": bits} for name, bits in modules.items() if bits != usual
+    try:
+        modules = _write_weights(reader.tensors, names, architecture, config, dtype, beside, progress)
+        if modules:
+            usual = Counter(modules.values()).most_common(1)[0][0]
+            config["quantization"] = {"group_size": GROUP, "bits": usual, "mode": "affine"} | {
+                name: {"group_size": GROUP, "bits": bits} for name, bits in modules.items() if bits != usual
+            }
+            config["quantization_config"] = config["quantization"]
+        contents = {
+            "config.json": config,
+            "generation_config.json": generation,
+            "tokenizer.json": tokenizer,
+            "tokenizer_config.json": tokenizer_config,
         }
-        config["quantization_config"] = config["quantization"]
-    contents = {
-        "config.json": config,
-        "generation_config.json": generation,
-        "tokenizer.json": tokenizer,
-        "tokenizer_config.json": tokenizer_config,
-    }
-    for name, content in contents.items():
-        (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-    beside.rename(folder)
+        for name, content in contents.items():
+            (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
+        beside.rename(folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return ImportReport(
         folder=folder,
         model_type=model_type,

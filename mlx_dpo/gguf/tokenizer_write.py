@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
         notes += [PRETOKENIZERS[name].note] * bool(PRETOKENIZERS[name].note)
     writer.add_token_list(pieces)
     writer.add_token_types(types)
+    # It warns of templates for pairs of texts, which a language model never sees.
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     special = gguf_package().SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
