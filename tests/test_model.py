@@ -102,7 +102,7 @@ def test_a_packed_folder_and_its_numbers_written_out_are_one_function(tmp_path: 
 
 
 def test_expert_weights_with_a_scale_of_their_own_are_the_same_function_too(tmp_path: Path) -> None:
-    """nvfp4 knows 4 and 6 and nothing between: its error is up to 1/6 of a group's largest weight, and 1/16 of its scale.
+    """nvfp4 knows 4 and 6 and nothing between: an error up to 1/6 of a group's largest weight, and 1/16 of its scale.
 
     Without the experts' own scales the weights would be some thousand times too large.
     """
