@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from mlx_dpo import lora, reference
 from mlx_dpo.arrays import Kind
-from mlx_dpo.batching import length, make_batch
+from mlx_dpo.batching import length, make_batch, order_batches
 from mlx_dpo.config import LossConfig, RunConfig, SpeedConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.encode import TokenizedRow, encode_records
@@ -43,17 +43,30 @@ class Stage:
     total_steps: int
     difference: float  # of a token's log-prob between the speed levers and the plain path, nats
 
+    _epoch: int = -1
+    _batches: list[list[int]] = field(default_factory=list)
+
     @property
     def held_out(self) -> range:
         """The places of the held-out rows."""
         return range(self.train_rows, len(self.rows))
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The micro-batches of an epoch as places in `rows`."""
+        if self._epoch != epoch:
+            self._epoch, self._batches = epoch, epoch_batches(self.config, self.rows[: self.train_rows], epoch)
+        return self._batches
 
 
 def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     """Everything before the first step: data, model, adapter, and the reference's log-probs."""
     kind = kind_of(config.loss)
     splits = load_splits(
-        config.data.path, valid_fraction=config.data.valid_fraction, seed=config.data.split_seed, kind=kind
+        config.data.path,
+        valid_fraction=config.data.valid_fraction,
+        seed=config.data.split_seed,
+        kind=kind,
+        on_event=on_event,
     )
     on_event(Phase("loading the model", 0, 1, ""))
     loaded = load(config.model)
@@ -75,31 +88,50 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
     everything = [*rows, *valid]
+    steps = _total_steps(config, len(rows))
+    places = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
     checkpoint = config.train.grad_checkpoint
     speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
     trunk = TrunkStore(everything, speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9) if speed.trunk else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
-    _fill_trunk(scorer, config.train.batch_size, everything, on_event)
+    _fill_trunk(scorer, config.train.batch_size, everything, places, on_event)
     known = None
     if needs_reference(config.loss):
-        known = _reference(config, loaded, scorer, adapter, everything, on_event)
-    micro = math.ceil(len(rows) / config.train.batch_size)
-    steps = config.train.iters or math.ceil(
-        config.train.epochs * math.ceil(micro / config.train.grad_accumulation_steps)
-    )
+        known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
     mx.random.seed(config.train.seed)
     return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
 
 
-def _fill_trunk(scorer: Scorer, batch_size: int, rows: list[TokenizedRow], on_event: OnEvent) -> None:
-    """Computes what the frozen blocks give for every row, before anything else and always in the same batches.
+def epoch_batches(config: RunConfig, rows: list[TokenizedRow], epoch: int) -> list[list[int]]:
+    """The micro-batches of one epoch over the rows to train on."""
+    train = config.train
+    return order_batches(rows, train.batch_size, seed=train.seed, epoch=epoch, shuffle=train.shuffle)
+
+
+def _total_steps(config: RunConfig, rows: int) -> int:
+    if config.train.iters:
+        return config.train.iters
+    micro_batches = math.ceil(rows / config.train.batch_size)
+    return math.ceil(config.train.epochs * math.ceil(micro_batches / config.train.grad_accumulation_steps))
+
+
+def _visited(config: RunConfig, rows: list[TokenizedRow], steps: int) -> list[int]:
+    """The places that the run comes to: all of them, unless it ends within the first epoch."""
+    batches = epoch_batches(config, rows, 0)[: steps * config.train.grad_accumulation_steps]
+    return sorted(place for batch in batches for place in batch)
+
+
+def _fill_trunk(
+    scorer: Scorer, batch_size: int, rows: list[TokenizedRow], places: list[int], on_event: OnEvent
+) -> None:
+    """Computes what the frozen blocks give for the rows, before anything else and always in the same batches.
 
     Rounding depends on the batch in which a row is computed. Were rows kept as they happen to come by, a resumed run,
     which meets them in other batches, would differ from a straight one in the last bits.
     """
     if scorer.trunk is None or scorer.first_adapted == 0:
         return
-    places = [i for i, row in enumerate(rows) if row.shares_prompt]
+    places = [i for i in places if rows[i].shares_prompt]
     places.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
     for start in range(0, len(places), batch_size):
         on_event(Phase("frozen blocks", start, len(places), "rows"))
@@ -132,6 +164,7 @@ def _reference(
     scorer: Scorer,
     adapter: lora.Adapter,
     rows: list[TokenizedRow],
+    places: list[int],
     on_event: OnEvent,
 ) -> reference.Reference | FollowingReference:
     """log π_ref of every row, from the model that `loss.reference` names; a TR-DPO reference can move from there."""
@@ -140,12 +173,12 @@ def _reference(
         other = _reference_model(config, loaded)
         plain = Scorer(other.model, SpeedConfig(trunk=False, shared_prompt=False))
         digest = reference.model_digest(other, with_adapter=True)
-        return reference.compute_reference(plain, rows, digest, batch_size=size, on_event=on_event)
+        return reference.compute_reference(plain, rows, digest, batch_size=size, places=places, on_event=on_event)
     from_base = wanted == "base" or not config.model.adapter
     digest = reference.model_digest(loaded, with_adapter=not from_base)
     with lora.switched_off(loaded.model) if from_base else nullcontext():
         loaded.model.eval()
-        known = reference.compute_reference(scorer, rows, digest, batch_size=size, on_event=on_event)
+        known = reference.compute_reference(scorer, rows, digest, batch_size=size, places=places, on_event=on_event)
     if config.loss.ref_model_sync_steps is None:
         return known
     alpha = config.loss.ref_model_mixup_alpha

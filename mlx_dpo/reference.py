@@ -51,14 +51,25 @@ def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
 
 
 def compute_reference(
-    scorer: Scorer, rows: Sequence[TokenizedRow], digest: str, *, batch_size: int, on_event: OnEvent = ignore
+    scorer: Scorer,
+    rows: Sequence[TokenizedRow],
+    digest: str,
+    *,
+    batch_size: int,
+    places: Sequence[int] | None = None,
+    on_event: OnEvent = ignore,
 ) -> Reference:
-    """Reference log-probs of all `rows`, from the store or else computed and stored, batch by batch.
+    """Reference log-probs of `rows`, from the store or else computed and stored, batch by batch.
+
+    With `places` only of those rows; the others stay empty.
 
     The caller has put the model in the reference's state (adapter off, or the starting adapter) and in evaluation mode.
     An interruption loses at most one batch.
     """
-    keys = [[_sequence_key(row.context(k), ids) for k, ids in enumerate(row.completions)] for row in rows]
+    wanted = range(len(rows)) if places is None else places
+    keys: list[list[bytes]] = [[] for _ in rows]
+    for i in wanted:
+        keys[i] = [_sequence_key(rows[i].context(k), ids) for k, ids in enumerate(rows[i].completions)]
     file = cache_folder() / "reference" / f"{digest}.sqlite"
     known = _stored(file, {key for row in keys for key in row}, on_event)
     with _open_store(file) as store:
@@ -66,10 +77,10 @@ def compute_reference(
         missing.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
         for start in range(0, len(missing), batch_size):
             on_event(Phase("reference log-probs", start, len(missing), "rows"))
-            places = missing[start : start + batch_size]
-            batch = make_batch([rows[i] for i in places], places)
+            part = missing[start : start + batch_size]
+            batch = make_batch([rows[i] for i in part], part)
             fresh = score_batch(scorer, batch)
-            pairs = [(keys[i][k], fresh[r][k]) for r, i in enumerate(places) for k in range(len(keys[i]))]
+            pairs = [(keys[i][k], fresh[r][k]) for r, i in enumerate(part) for k in range(len(keys[i]))]
             known.update(pairs)
             store.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", [(k, v.tobytes()) for k, v in pairs])
             store.commit()

@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_dpo import reference
 from mlx_dpo.arrays import flat
-from mlx_dpo.batching import Batch, make_batch, order_batches, padding_share
+from mlx_dpo.batching import Batch, make_batch, padding_share
 from mlx_dpo.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.config import RunConfig
 from mlx_dpo.errors import RunError
@@ -130,9 +130,7 @@ def make_step(
             base = reference.reference_batch(stage.reference, batch) if stage.reference is not None else None
             (_, sums, states), fresh = gradient_of(model, batch, base, len(places) / total)
             gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
-            mx.eval(
-                gradients, sums, states
-            )  # here, so that one micro-batch's activations are gone before the next one's
+            mx.eval(gradients, sums, states)  # here: one micro-batch's activations are gone before the next one's
             stage.scorer.keep(batch, states)
             parts.append(sums)
             progress.tokens += int(batch.tokens_length.sum())
@@ -157,11 +155,8 @@ def make_step(
 
 def _next_batches(stage: Stage, progress: Progress) -> list[list[int]]:
     """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
-    train = stage.config.train
-    batches = order_batches(
-        stage.rows[: stage.train_rows], train.batch_size, seed=train.seed, epoch=progress.epoch, shuffle=train.shuffle
-    )
-    taken = batches[progress.position : progress.position + train.grad_accumulation_steps]
+    batches = stage.batches(progress.epoch)
+    taken = batches[progress.position : progress.position + stage.config.train.grad_accumulation_steps]
     progress.position += len(taken)
     if progress.position == len(batches):
         progress.epoch, progress.position = progress.epoch + 1, 0
@@ -242,13 +237,6 @@ def _following(stage: Stage) -> FollowingReference | None:
 def _facts(stage: Stage) -> dict[str, str]:
     """What people want to know before the first step."""
     config = stage.config
-    batches = order_batches(
-        stage.rows[: stage.train_rows],
-        config.train.batch_size,
-        seed=config.train.seed,
-        epoch=0,
-        shuffle=config.train.shuffle,
-    )
     trained = sum(value.size for value in flat(stage.loaded.model.trainable_parameters()).values())
     adapter = stage.adapter
     return {
@@ -258,14 +246,14 @@ def _facts(stage: Stage) -> dict[str, str]:
         "loss": f"{config.loss.type}, β {config.loss.beta:g}",
         "reference": _reference_in_words(stage),
         "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
-        "padding": f"{100 * padding_share(stage.rows, batches):.0f} % of the tokens in a batch",
+        "padding": f"{100 * padding_share(stage.rows, stage.batches(0)):.0f} % of the tokens in a batch",
         "speed": _speed_in_words(stage),
         "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
 
 
 def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
-    """DPO after SFT measures from the SFT model (Rafailov et al. 2023, section 4); from the base it pulls back to it."""
+    """DPO after SFT measures from the SFT model (Rafailov et al. 2023, sec. 4); from the base it pulls back to that."""
     start = stage.config.model.adapter
     if start and stage.reference is not None and stage.config.loss.reference == "base":
         on_event(
