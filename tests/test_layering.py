@@ -16,9 +16,9 @@ PACKAGE = Path(mlx_dpo.__file__).parent
 LEVELS = (
     "errors records arrays events interrupt",
     "config settings run metrics",
-    "data encode batching losses gguf",
+    "data encode batching losses",
     "parts blocks prefix peft model lora optim memory trunk",
-    "logprobs speed",
+    "logprobs speed gguf",
     "reference following checkpoint demo_model preview",
     "sample prepare evaluate export label report",
     "train",
