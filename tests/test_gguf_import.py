@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dpo.errors import MlxDpoError, ModelError, UsageError
+from mlx_dpo.errors import ModelError, UsageError
 from tests.conftest import tiny_model_folder
 from tests.gguf_models import CASES, DENSE, make_adapter, make_folder, mlx_log_probs
 
@@ -212,13 +212,3 @@ def test_an_interrupted_import_leaves_nothing(tiny_llama: Path, tmp_path: Path) 
     with pytest.raises(KeyboardInterrupt):
         import_gguf(tmp_path / "model.gguf", tmp_path / "out", progress=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
-
-
-def test_without_the_gguf_package_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    from mlx_dpo.gguf.package import gguf_package
-
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MlxDpoError, match="pip install"):
-        gguf_package()

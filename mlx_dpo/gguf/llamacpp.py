@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 
 from mlx_dpo.errors import MlxDpoError
-from mlx_dpo.gguf.package import gguf_package
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def open_llama_cpp(model: str | Path, adapter: str | Path | None = None, *, cont
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
-    vocab_size = len(gguf_package().GGUFReader(model).fields["tokenizer.ggml.tokens"].data)
+    vocab_size = len(gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].data)
     return LlamaCpp(server, vocab_size, _tokenize(server, "a")[-1])
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import gguf
 import mlx.core as mx
 import numpy as np
 
@@ -17,7 +18,6 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture, model_type_of, to_mlx_name
 from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, separate_rope, unpack_blocks
 from mlx_dpo.gguf.config_read import read_config
-from mlx_dpo.gguf.package import gguf_package
 from mlx_dpo.gguf.tokenizer_read import end_tokens, read_tokenizer
 
 Progress = Callable[[int, int], None]
@@ -119,7 +119,6 @@ def import_gguf(
 
 
 def _open(path: Path) -> Any:
-    gguf = gguf_package()
     if not path.is_file():
         raise ModelError(f"There is no file {path}.", "Give the path of a .gguf file.")
     try:
@@ -176,7 +175,6 @@ def _convert(
     tensor: Any, name: str, architecture: Architecture, config: dict[str, Any], dtype: ImportDtype
 ) -> Iterator[tuple[str, mx.array]]:
     """The arrays of one tensor: itself, or weight, scales and biases."""
-    gguf = gguf_package()
     kind = tensor.tensor_type.name
     raw = tensor.data
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

@@ -7,8 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import gguf
+
 from mlx_dpo.errors import ModelError
-from mlx_dpo.gguf.package import gguf_package
 from mlx_dpo.gguf.pretokenizers import DIGITS, GPT2, PRETOKENIZERS
 from mlx_dpo.gguf.tokenizer_read import CONTROL, SPACE, UNUSED, USER_DEFINED
 
@@ -54,7 +55,7 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
     writer.add_token_types(types)
     # It warns of templates for pairs of texts, which a language model never sees.
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
-    special = gguf_package().SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
+    special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
     return notes

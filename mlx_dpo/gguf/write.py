@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import gguf
 import mlx.core as mx
 import numpy as np
 
@@ -18,7 +19,6 @@ from mlx_dpo.gguf.architectures import to_gguf_name
 from mlx_dpo.gguf.base import Base, open_base
 from mlx_dpo.gguf.blocks import GROUP, exact_kind, interleave_rope, pack_blocks, unpack_affine
 from mlx_dpo.gguf.config_write import write_config
-from mlx_dpo.gguf.package import gguf_package
 from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
 
 Progress = Callable[[int, int], None]
@@ -115,7 +115,7 @@ def export_model_gguf(
         writer.add_type("model")
         writer.add_name(general_name(base.folder, base.folder.name))
         writer.add_file_type(FILE_TYPES[outtype])
-        writer.add_quantization_version(gguf_package().GGML_QUANT_VERSION)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         for key, value in settings.items():
             add[type(value)](key, value)
@@ -196,13 +196,11 @@ def _half(base: Base, adapter: LoraFolder, module: str, half: str, kind: str) ->
 
 
 def _encode(values: np.ndarray, kind: str) -> np.ndarray:
-    gguf = gguf_package()
     return gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
 
 
 @contextmanager
 def _writer(out: Path, architecture: str) -> Iterator[Any]:
-    gguf = gguf_package()
     if out.exists():
         raise UsageError(f"{out} exists already.", "Name a file that does not exist yet, or remove it first.")
     if not out.parent.is_dir():
@@ -223,7 +221,6 @@ def _beside(out: Path) -> Path:
 
 
 def _write(writer: Any, out: Path, planned: list[Planned], adapted: int, progress: Progress | None) -> ExportReport:
-    gguf = gguf_package()
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]
         block, size = gguf.GGML_QUANT_SIZES[kind]
