@@ -69,7 +69,7 @@ def export_peft(
         if "m" in module:
             tensors[f"{prefix}.lora_magnitude_vector"] = module.m.astype(mx.float32)
     settings = peft_settings(tuned, list(names.values()), base_model or model.path)
-    found: list[Verified] = []
+    found: list[Verified | None] = []
     with written_whole(output) as beside:
         beside.mkdir(exist_ok=True)
         mx.save_safetensors(str(beside / "adapter_model.safetensors"), tensors, metadata={"format": "pt"})
@@ -83,7 +83,7 @@ def export_peft(
             )
             if has_peft() and not packed and model.quantize_bits is None:
                 found.append(verify_peft(trained, folder, beside, data=data, rows=rows, on_event=on_event))
-    return PeftReport(output, len(names), settings["base_model_name_or_path"], tuple(found))
+    return PeftReport(output, len(names), settings["base_model_name_or_path"], tuple(v for v in found if v))
 
 
 def hugging_face_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:

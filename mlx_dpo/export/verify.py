@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from mlx_dpo.data.load import load_records
 from mlx_dpo.encode import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluate import score_rows
-from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, float32_log_probs
 from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
 from mlx_dpo.logprobs import Scorer
@@ -30,11 +32,14 @@ EXACT = 1e-3
 GEMMA = 0.1
 """The same of Gemma's models in llama.cpp, which takes their GELU from a table in half precision."""
 
+OTHER_MODEL = 1.0
+"""A difference of a token's log-prob, in nats, that no way of computing the same model explains."""
+
 DROWNED = 0.5
 """Where weights were rounded: how large the error may be beside the adapter's own effect before the check fails."""
 
-Runtime = Callable[[Sequence[TokenizedRow]], Reference]
-"""Token log-probs of rows as another runtime computes them."""
+Runtime = Callable[[Sequence[TokenizedRow], Reference], Reference]
+"""Token log-probs of rows as another runtime computes them; it is given those of our base model."""
 
 PLAIN = SpeedConfig(shared_prompt=False, trunk=False)
 """Whole sequences, as every runtime reads them."""
@@ -87,7 +92,7 @@ def verify_folder(
     """
     other = replace(trained, path=str(folder), revision=None, adapter=None, quantize_bits=None)
 
-    def run(tokenized: Sequence[TokenizedRow]) -> Reference:
+    def run(tokenized: Sequence[TokenizedRow], off: Reference) -> Reference:
         loaded = load(other)
         if adapter is not None:
             lora.load(loaded.model, adapter)
@@ -120,7 +125,7 @@ def verify(
         lora.load(loaded.model, trained.adapter)
     on = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     del loaded  # the other runtime needs the room
-    found = compare(runtime, tokenized, off, on, run(tokenized), tolerance)
+    found = compare(runtime, tokenized, off, on, run(tokenized, off), tolerance)
     on_event(Phase(f"checking in {runtime}", 1, 1, ""))
     if tolerance is not None and not found.holds:
         raise ModelError(
@@ -153,7 +158,7 @@ def compare(
         runtime=runtime,
         rows=len(rows),
         tokens=len(base),
-        largest=float(np.abs(other - trained).max()),
+        largest=_largest(exported, on),
         error=_rms(other - trained),
         effect=_rms(trained - base),
         off=_rms(other - base),
@@ -162,6 +167,12 @@ def compare(
         accuracy=_accuracy(pairs, off, exported),
         trained_accuracy=_accuracy(pairs, off, on),
     )
+
+
+def _largest(one: Reference, other: Reference) -> float:
+    """The largest difference of a token's log-prob."""
+    pairs = (pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True))
+    return max(float(np.abs(a - b).max()) for a, b in pairs)
 
 
 def _rms(values: np.ndarray) -> float:
@@ -188,33 +199,53 @@ def verify_peft(
     data: DataConfig | None = None,
     rows: int = 8,
     on_event: OnEvent = ignore,
-) -> Verified:
-    """Holds a PEFT folder, on `base` as transformers loads it, against what was trained; both in float32.
+) -> Verified | None:
+    """Holds what a PEFT folder adds to `base` in transformers against what was trained; both in float32.
+
+    transformers' own base may differ a little (a scale that mlx-lm rounds, say), so the adapter's effect is compared.
+    None, with a warning, where it is another model altogether: some folders are laid out for MLX alone.
 
     Raises:
         ModelError: it computes something else than was trained.
     """
 
-    def run(tokenized: Sequence[TokenizedRow]) -> Reference:
+    def run(tokenized: Sequence[TokenizedRow], off: Reference) -> Reference:
         from transformers import AutoModelForCausalLM
 
         torch, peft = import_module("torch"), import_module("peft")  # no dependencies of ours
-        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-        model = peft.PeftModel.from_pretrained(plain, adapter).eval()
 
-        def logps(context: list[int], completion: list[int]) -> np.ndarray:
+        def logps(model: Any, context: list[int], completion: list[int]) -> np.ndarray:
             ids = torch.tensor([context + completion])
             with torch.no_grad():
                 every = torch.log_softmax(model(input_ids=ids).logits[0, :-1].float(), -1)
-            picked = every.gather(-1, ids[0, 1:, None])[:, 0].numpy()
-            first = 0.0 if not context else None  # nothing predicts the first token of all
-            return picked[len(context) - 1 :] if first is None else np.concatenate([[first], picked])
+            picked: np.ndarray = every.gather(-1, ids[0, 1:, None])[:, 0].numpy()
+            return picked[len(context) - 1 :] if context else np.concatenate([np.zeros(1, np.float32), picked])
 
-        return [[logps(row.context(k), ids) for k, ids in enumerate(row.completions)] for row in tokenized]
+        def of(model: Any) -> Reference:
+            return [[logps(model, row.context(k), ids) for k, ids in enumerate(row.completions)] for row in tokenized]
 
-    return verify(
-        replace(trained, compute_dtype="float32"), "peft", run, tolerance=EXACT, data=data, rows=rows, on_event=on_event
-    )
+        plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+        own = of(plain)
+        if _largest(own, off) > OTHER_MODEL:
+            raise _OtherModelError
+        on = of(peft.PeftModel.from_pretrained(plain, adapter).eval())
+        return [
+            [ours + with_it - without for ours, with_it, without in zip(*answers, strict=True)]
+            for answers in zip(off, on, own, strict=True)
+        ]
+
+    exact = replace(trained, compute_dtype="float32")
+    try:
+        with warnings.catch_warnings():  # of peft about transformers, and the like
+            warnings.simplefilter("ignore")
+            return verify(exact, "peft", run, tolerance=EXACT, data=data, rows=rows, on_event=on_event)
+    except _OtherModelError:
+        on_event(Warned(f"not checked in peft: transformers does not read {base} as the model that it is in MLX"))
+        return None
+
+
+class _OtherModelError(Exception):
+    """A runtime reads the base as something else."""
 
 
 def verify_gguf(
