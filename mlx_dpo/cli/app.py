@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_dpo import __version__
-from mlx_dpo.cli import check, demo, eval, fuse, generate, import_gguf, score, sft, train
+from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, score, sft, train
 from mlx_dpo.cli.console import show_error
 from mlx_dpo.errors import MlxDpoError
 
@@ -30,6 +30,7 @@ Teach a language model what you prefer, on your own machine.
   mlx-dpo generate --model MODEL --adapter runs/a --compare "Hello"
   [dim]# one model folder for other programs[/dim]
   mlx-dpo fuse --model MODEL --adapter runs/a --output fused
+  mlx-dpo export gguf --model MODEL --adapter runs/a --output tuned.gguf
 
 MODEL is a folder or a Hub name of any model that mlx-lm loads.
 Results go to standard output, everything else to standard error.
@@ -91,6 +92,7 @@ def program(
 
 for name, verb in VERBS.items():
     app.command(name)(verb)
+app.add_typer(export.app, name="export")
 
 
 def main() -> None:

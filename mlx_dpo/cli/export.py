@@ -1,0 +1,217 @@
+"""`mlx-dpo export`: what was trained, in the form of another program, and checked there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from mlx_dpo.cli.console import stderr
+from mlx_dpo.cli.flags import Asked, with_settings
+from mlx_dpo.cli.fuse import MODEL, NOTES, Verify
+from mlx_dpo.cli.options import SCORED_DATA, Quiet, require
+from mlx_dpo.config import DataConfig, RunConfig
+from mlx_dpo.settings import resolve
+
+if TYPE_CHECKING:
+    from mlx_dpo.gguf.verify import VerifyReport
+
+HELP = """
+Take what was trained to another program.
+
+\b
+[bold]Examples[/bold]
+  mlx-dpo export gguf --model MODEL --adapter runs/a --output tuned.gguf
+  mlx-dpo export gguf-adapter --model MODEL --adapter runs/a --output adapter.gguf
+  mlx-dpo export ollama --model MODEL --adapter runs/a --output tuned
+  mlx-dpo export lmstudio --model MODEL --adapter runs/a --name tuned
+  mlx-dpo export peft --model MODEL --adapter runs/a --output peft
+  mlx-dpo export hub --folder runs/a --repo me/tuned --dry-run
+
+Each checks what it wrote in the program that it is for, where that is installed.
+"""
+
+app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True)
+
+ROWS = "Rows to compare on."
+File = Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")]
+Folder = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")]
+Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help=ROWS)]
+OutType = Annotated[
+    str,
+    typer.Option("--outtype", metavar="WORD", help="f16, f32, bf16, q8_0, q4_1 (the base's own bits), or a K-quant."),
+]
+ModelForm = Annotated[
+    Literal["f16", "f32", "bf16", "q8_0", "q4_1"],
+    typer.Option("--outtype", metavar="WORD", help="f16, f32, bf16, q8_0 or q4_1 (the base's own bits)."),
+]
+AdapterForm = Annotated[Literal["f32", "f16"], typer.Option("--outtype", metavar="WORD", help="f32 or f16.")]
+OllamaName = Annotated[str | None, typer.Option("--name", help="What Ollama will call it; the folder's name.")]
+StudioName = Annotated[str, typer.Option("--name", help="What LM Studio will call it.")]
+Publisher = Annotated[str, typer.Option("--publisher", help="The folder above it, as LM Studio shows it.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--base-model", help="Where PEFT will find the base model; --model without it.")
+]
+RunFolder = Annotated[Path, typer.Option("--folder", help="An adapter's or a model's folder.")]
+Repo = Annotated[str, typer.Option("--repo", help="Where to: owner/name.")]
+Public = Annotated[bool, typer.Option("--public", help="For everybody to see; private without it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and send nothing.")]
+
+
+@app.command("gguf")
+@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+def gguf(
+    asked: Asked, output: File, outtype: OutType = "f16", verify: Verify = True, rows: Rows = 4, quiet: Quiet = False
+) -> None:
+    """Write base and adapter as one GGUF file, for llama.cpp and all that is built on it."""
+    config, rest = _settings(asked, verify, rows)
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.gguf import export_gguf
+
+    with show_progress(quiet=quiet) as on_event:
+        report = export_gguf(config.model, _adapter(config), output, outtype=outtype, on_event=on_event, **rest)
+    _tell_check(report.verified, quiet)
+    print(report.path)
+
+
+@app.command("gguf-adapter")
+@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+def gguf_adapter(
+    asked: Asked,
+    output: File,
+    outtype: AdapterForm = "f32",
+    verify: Verify = True,
+    rows: Rows = 4,
+    quiet: Quiet = False,
+) -> None:
+    """Write the adapter alone as a GGUF file, for `llama-cli --lora`."""
+    config, rest = _settings(asked, verify, rows)
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.gguf import export_gguf_adapter
+
+    with show_progress(quiet=quiet) as on_event:
+        report = export_gguf_adapter(config.model, _adapter(config), output, dtype=outtype, on_event=on_event, **rest)
+    _tell_check(report.verified, quiet)
+    print(report.path)
+
+
+@app.command("peft")
+@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+def peft(
+    asked: Asked,
+    output: Folder,
+    base_model: BaseModel = None,
+    verify: Verify = True,
+    rows: Rows = 8,
+    quiet: Quiet = False,
+) -> None:
+    """Write the adapter as a PEFT folder, for transformers, vLLM and others."""
+    config, rest = _settings(asked, verify, rows)
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.peft import export_peft
+
+    with show_progress(quiet=quiet) as on_event:
+        report = export_peft(config.model, _adapter(config), output, base_model=base_model, on_event=on_event, **rest)
+    if not quiet:
+        for found in report.verified:
+            stderr().print(
+                f"verified in {found.runtime}: off by {found.largest:.2g} nats at most over {found.tokens} tokens; "
+                f"the adapter itself makes {found.effect:.2g}"
+            )
+    print(report.output)
+
+
+@app.command("ollama")
+@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+def ollama(
+    asked: Asked,
+    output: Folder,
+    name: OllamaName = None,
+    outtype: ModelForm = "f16",
+    verify: Verify = True,
+    rows: Rows = 4,
+    quiet: Quiet = False,
+) -> None:
+    """Write a fused GGUF file and a Modelfile for Ollama, and the commands that make it known there."""
+    config, rest = _settings(asked, verify, rows)
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.ollama import export_ollama
+
+    with show_progress(quiet=quiet) as on_event:
+        report = export_ollama(
+            config.model, _adapter(config), output, name=name, outtype=outtype, on_event=on_event, **rest
+        )
+    _tell_check(report.verified, quiet)
+    if not quiet and not report.has_template:
+        stderr().print("the chat template has no known counterpart; Ollama reads the one inside the GGUF file")
+    for command in report.commands:
+        print(command)
+
+
+@app.command("lmstudio")
+@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+def lmstudio(
+    asked: Asked,
+    name: StudioName,
+    publisher: Publisher = "local",
+    outtype: ModelForm = "f16",
+    verify: Verify = True,
+    rows: Rows = 4,
+    quiet: Quiet = False,
+) -> None:
+    """Write a fused GGUF file where LM Studio finds it."""
+    config, rest = _settings(asked, verify, rows)
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.lmstudio import export_lmstudio
+
+    with show_progress(quiet=quiet) as on_event:
+        report = export_lmstudio(
+            config.model, _adapter(config), name, publisher=publisher, outtype=outtype, on_event=on_event, **rest
+        )
+    _tell_check(report.verified, quiet)
+    print(report.gguf)
+
+
+@app.command("hub")
+def hub(folder: RunFolder, repo: Repo, public: Public = False, dry_run: DryRun = False, quiet: Quiet = False) -> None:
+    """Send an adapter's or a model's folder with its card to the Hub; private unless asked otherwise."""
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.export.hub import push
+
+    with show_progress(quiet=quiet) as on_event:
+        report = push(folder, repo, private=not public, dry_run=dry_run, on_event=on_event)
+    for name, size in report.files:
+        print(f"{size / 1e6:10.2f} MB  {name}")
+    where = report.url or f"{report.repo} ({'private' if report.private else 'public'}; nothing was sent)"
+    print(where)
+
+
+def _settings(asked: Asked, verify: bool, rows: int) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings, and the arguments about checking that all exports share."""
+    config = resolve(*asked)
+    require(config, "--model", "--adapter")
+    data: DataConfig | None = config.data if config.data.path else None
+    return config, {"verify": verify, "data": data, "rows": rows}
+
+
+def _adapter(config: RunConfig) -> str:
+    return config.model.adapter or ""
+
+
+def _tell_check(found: VerifyReport | None, quiet: bool) -> None:
+    if quiet:
+        return
+    if found is None:
+        stderr().print("not checked in llama.cpp; `pip install 'mlx-dpo[verify]'` makes that possible")
+        return
+    control = "" if found.control is None else f"; with the adapter off it would differ by {found.control:.2g}"
+    stderr().print(
+        f"verified in llama.cpp: off by {found.largest:.2g} nats at most ({found.tolerance:g} allowed), "
+        f"{found.mean:.2g} on average over {found.positions} positions{control}"
+    )
