@@ -1,0 +1,37 @@
+"""The growth of time and memory with a pair's lengths, drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+LINES = {("mlx_dpo", "later"): "-o", ("mlx_dpo", "first"): "--o", ("plain", "first"): "-s"}
+"""What is drawn and how: mlx_dpo from its second epoch on and in its first, and the plain path."""
+
+
+def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
+    """Four pictures in one file: seconds a step and peak memory, by the prompt's length and by the answers'."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
+    for column, length in enumerate(("prompt", "answer")):
+        swept = [p for p in points if p["sweep"] == length and "error" not in p]
+        for (who, epoch), style in LINES.items():
+            line = [p for p in swept if p["who"] == who and epoch in p]
+            label = who if who == "plain" else f"{who}, {epoch} epoch" + ("s" if epoch == "later" else "")
+            axes[0, column].plot([p[length] for p in line], [p[epoch] for p in line], style, label=label)
+        for who, style in {"mlx_dpo": "-o", "plain": "-s"}.items():
+            line = [p for p in swept if p["who"] == who]
+            axes[1, column].plot([p[length] for p in line], [p["peak_mlx_mb"] for p in line], style, label=who)
+        axes[0, column].set_ylabel("seconds a step of one pair")
+        axes[1, column].set_ylabel("peak memory, MB")
+        for axis in axes[:, column]:
+            axis.set(xscale="log", yscale="log", xlabel=f"tokens of the {length}")
+            axis.grid(alpha=0.3, which="both")
+            axis.legend()
+    figure.savefig(file)
+    pyplot.close(figure)

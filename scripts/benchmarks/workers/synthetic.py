@@ -1,0 +1,83 @@
+"""One pair of stated lengths, of random tokens: what a step of mlx_dpo costs in time and memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from benchmarks.workers.ours import run_config
+from benchmarks.workers.probe import Probe, read_spec, write_result
+from mlx_dpo import lora
+from mlx_dpo.checkpoint import Progress
+from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.logprobs import Scorer
+from mlx_dpo.model import LoadedModel, load
+from mlx_dpo.optim import make_optimizer
+from mlx_dpo.prepare import Stage
+from mlx_dpo.train import make_step
+from mlx_dpo.trunk import TrunkStore
+
+ROWS = 2
+"""Different rows, so that the second one's first step is neither the process's first nor one whose trunk is known."""
+
+
+def run(spec: dict[str, Any]) -> None:
+    """Takes a step on each row, `passes` times over, with the reference taken as known, and writes what was seen."""
+    options, probe = spec["options"], Probe()
+    config = run_config(spec | {"batches": []})
+    loaded = _tiny(options["vocabulary"], config.train.seed) if "vocabulary" in options else load(config.model)
+    adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
+    rows = _rows(options["prompt"], options["answer"], loaded.config["vocab_size"])
+    trunk = TrunkStore(rows, config.speed.trunk_memory_gb * 1e9, config.speed.trunk_disk_gb * 1e9)
+    scorer = Scorer(loaded.model, config.speed, checkpoint=config.train.grad_checkpoint, trunk=trunk)
+    reference = [[np.zeros(len(ids), np.float32) for ids in row.completions] for row in rows]
+    stage = Stage(config, loaded, adapter, scorer, rows, len(rows), reference, "pair", ROWS * options["passes"], 0.0)
+    optimizer, progress = make_optimizer(config.optim), Progress(fingerprint={})
+    optimizer.init(loaded.model.trainable_parameters())
+    step = make_step(stage, optimizer)
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+    probe.start()
+    for _ in range(options["passes"]):
+        for place in range(ROWS):
+            metrics = step([[place]], config.optim.learning_rate, progress)
+            probe.step(loss=metrics["loss"])
+    write_result(probe, peak_bytes=mx.get_peak_memory(), model_mb=base / 2**20)
+
+
+def _rows(prompt: int, answer: int, vocabulary: int) -> list[TokenizedRow]:
+    random = np.random.default_rng(0)
+
+    def ids(count: int) -> list[int]:
+        return [int(token) for token in random.integers(3, vocabulary, count)]
+
+    return [TokenizedRow(str(i), ids(prompt), (ids(answer), ids(answer)), (0, 0), (1.0, 2.0)) for i in range(ROWS)]
+
+
+def _tiny(vocabulary: int, seed: int) -> LoadedModel:
+    """A random Llama of four narrow blocks under a head of `vocabulary` tokens."""
+    from mlx_lm.models.llama import Model, ModelArgs
+
+    settings = {
+        "model_type": "llama",
+        "hidden_size": 256,
+        "num_hidden_layers": 4,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": True,
+    }
+    mx.random.seed(seed)
+    model = Model(ModelArgs.from_dict(settings))
+    model.freeze()
+    mx.eval(model.parameters())
+    return LoadedModel(model, None, None, settings, Path(), "tiny", "float32")
+
+
+if __name__ == "__main__":
+    run(read_spec())
