@@ -81,8 +81,10 @@ def compute_reference(
             batch = make_batch([rows[i] for i in part], part)
             fresh = score_batch(scorer, batch)
             pairs = [(keys[i][k], fresh[r][k]) for r, i in enumerate(part) for k in range(len(keys[i]))]
+            # an answer that is known stays to the last bit, though its row is computed again for another one's sake
+            pairs = [(key, value) for key, value in pairs if key not in known]
             known.update(pairs)
-            store.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?)", [(k, v.tobytes()) for k, v in pairs])
+            store.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", [(k, v.tobytes()) for k, v in pairs])
             store.commit()
         on_event(Phase("reference log-probs", len(missing), len(missing), "rows"))
     return [[known[key] for key in row] for row in keys]
