@@ -474,6 +474,14 @@ def test_the_next_run_computes_no_reference(settings: RunConfig, tmp_path: Path)
     assert phase.total == 0
 
 
+def test_a_run_shorter_than_an_epoch_computes_only_what_it_comes_to(settings: RunConfig) -> None:
+    """Two steps of two batches of 3 rows, of 17."""
+    said: list[Event] = []
+    train(change(settings, train={"iters": 2, "grad_accumulation_steps": 2, "shuffle": False}), on_event=said.append)
+    totals = {event.name: event.total for event in said if isinstance(event, Phase) and event.unit == "rows"}
+    assert totals == {"frozen blocks": 12, "reference log-probs": 12}
+
+
 def test_a_finished_run_has_nothing_left_to_do(settings: RunConfig, tmp_path: Path) -> None:
     train(settings)
     before = (tmp_path / "run/adapters.safetensors").read_bytes(), metrics(tmp_path / "run")
