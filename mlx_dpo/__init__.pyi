@@ -20,13 +20,13 @@ from .evaluate import evaluate as evaluate
 from .evaluate import score as score
 from .export.card import write_card as write_card
 from .export.fuse import fuse as fuse
+from .export.gguf import export_gguf as export_gguf
+from .export.gguf import export_gguf_adapter as export_gguf_adapter
 from .export.hub import push as push
 from .export.lmstudio import export_lmstudio as export_lmstudio
 from .export.ollama import export_ollama as export_ollama
 from .export.peft import export_peft as export_peft
 from .gguf.read import import_gguf as import_gguf
-from .gguf.write import export_adapter_gguf as export_adapter_gguf
-from .gguf.write import export_model_gguf as export_model_gguf
 from .lora import switched_off as switched_off
 from .model import LoadedModel as LoadedModel
 from .model import load as load

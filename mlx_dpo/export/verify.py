@@ -20,7 +20,8 @@ from mlx_dpo.encode import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluate import score_rows
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
-from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, float32_log_probs
+from mlx_dpo.gguf.base import open_base
+from mlx_dpo.gguf.verify import VerifyReport, float32_log_probs, tolerance_for
 from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.model import load, resolve
@@ -28,9 +29,6 @@ from mlx_dpo.reference import Reference
 
 EXACT = 1e-3
 """Largest difference of a token's log-prob, in nats, that float32 on two ways to the same numbers explains."""
-
-GEMMA = 0.1
-"""The same of Gemma's models in llama.cpp, which takes their GELU from a table in half precision."""
 
 OTHER_MODEL = 1.0
 """A difference of a token's log-prob, in nats, that no way of computing the same model explains."""
@@ -263,16 +261,14 @@ def verify_gguf(
     Raises:
         MlxDpoError: llama.cpp is not installed, or the file computes something else than was trained, or does nothing.
     """
-    from mlx_lm.utils import load_config, load_tokenizer
+    from mlx_lm.utils import load_tokenizer
 
     on_event(Phase("checking in llama.cpp", 0, 1, ""))
     folder = resolve(trained.path, trained.revision)
     data = data or demo_rows()
     tokenized, _ = encode_records(load_records(data.path)[:rows], load_tokenizer(folder)._tokenizer, data)
     on, off = float32_log_probs(folder, trained.adapter)
-    tolerance = TOLERANCES[outtype]
-    if str(load_config(folder).get("model_type")).startswith("gemma"):
-        tolerance = max(tolerance, GEMMA)
+    tolerance = tolerance_for(outtype, open_base(folder).model_type)
     ids = [row.context(0) + row.completions[0] for row in tokenized]
     report = held_in_llama_cpp(file, ids, on, adapter_off=off, tolerance=tolerance)
     on_event(Phase("checking in llama.cpp", 1, 1, ""))
