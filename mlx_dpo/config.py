@@ -78,7 +78,7 @@ class OptimConfig:
     adam_beta1: float = 0.9  # adamw, adam and lion: memory of the gradient
     adam_beta2: float = 0.999  # adamw, adam and lion: memory of its square
     adam_epsilon: float = 1e-8  # adamw and adam
-    momentum: float = 0.0  # sgd and muon
+    momentum: float | None = None  # sgd (null: 0) and muon (null: 0.95)
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "cosine"  # the way down after the warm-up
     warmup_ratio: float = 0.1  # share of the steps over which the rate rises from 0
     warmup_steps: int | None = None  # the same in steps; wins over the ratio

@@ -25,7 +25,7 @@ class Started(NamedTuple):
 
 
 class Stepped(NamedTuple):
-    """An optimizer step was taken; `metrics` stand under TRL's names where the step was reported, else are empty."""
+    """An optimizer step was taken; `metrics` stand under TRL's names."""
 
     step: int
     total_steps: int

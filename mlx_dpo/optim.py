@@ -16,12 +16,12 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig], optimizers.Optimizer]] = {
     "adam": lambda c: optimizers.Adam(
         c.learning_rate, [c.adam_beta1, c.adam_beta2], c.adam_epsilon, bias_correction=True
     ),
-    "sgd": lambda c: optimizers.SGD(c.learning_rate, c.momentum, c.weight_decay),
+    "sgd": lambda c: optimizers.SGD(c.learning_rate, c.momentum or 0.0, c.weight_decay),
     "lion": lambda c: optimizers.Lion(c.learning_rate, [c.adam_beta1, c.adam_beta2], c.weight_decay),
     "adafactor": lambda c: optimizers.Adafactor(
         c.learning_rate, scale_parameter=False, relative_step=False, weight_decay=c.weight_decay
     ),
-    "muon": lambda c: optimizers.Muon(c.learning_rate, c.momentum, c.weight_decay),
+    "muon": lambda c: optimizers.Muon(c.learning_rate, 0.95 if c.momentum is None else c.momentum, c.weight_decay),
 }
 """Adam's variants correct their bias, as PyTorch's do and MLX's by default do not."""
 

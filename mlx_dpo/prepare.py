@@ -24,6 +24,7 @@ from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.model import LoadedModel, load
+from mlx_dpo.records import Record
 from mlx_dpo.speed import settle
 from mlx_dpo.trunk import TrunkStore
 
@@ -71,10 +72,8 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     on_event(Phase("loading the model", 0, 1, ""))
     loaded = load(config.model)
     on_event(Phase("loading the model", 1, 1, ""))
-    rows, report = encode_records(splits.train, loaded.tokenizer, config.data)
-    valid = encode_records(splits.valid, loaded.tokenizer, config.data)[0] if splits.valid else []
-    for text in report.warnings(config.data.max_length):
-        on_event(Warned(text))
+    rows = _encoded(splits.train, loaded, config, "", on_event)
+    valid = _encoded(splits.valid, loaded, config, "held out: ", on_event) if splits.valid else []
     if len(rows) < config.train.batch_size:
         on_event(
             Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all")
@@ -92,7 +91,8 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     places = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
     checkpoint = config.train.grad_checkpoint
     speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
-    trunk = TrunkStore(everything, speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9) if speed.trunk else None
+    budget = (speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9)
+    trunk = TrunkStore(everything, *budget, places) if speed.trunk else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
     _fill_trunk(scorer, config.train.batch_size, everything, places, on_event)
     known = None
@@ -100,6 +100,15 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
         known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
     mx.random.seed(config.train.seed)
     return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
+
+
+def _encoded(
+    records: list[Record], loaded: LoadedModel, config: RunConfig, which: str, on_event: OnEvent
+) -> list[TokenizedRow]:
+    rows, report = encode_records(records, loaded.tokenizer, config.data)
+    for text in report.warnings(config.data.max_length):
+        on_event(Warned(which + text))
+    return rows
 
 
 def epoch_batches(config: RunConfig, rows: list[TokenizedRow], epoch: int) -> list[list[int]]:
@@ -140,7 +149,16 @@ def _fill_trunk(
         states = scorer.score(batch, gradient=False).states
         mx.eval(states)  # and not the log-probs: no block above is computed
         scorer.keep(batch, states)
+        if scorer.trunk.no_room:
+            break
     on_event(Phase("frozen blocks", len(places), len(places), "rows"))
+    if scorer.trunk.no_room:
+        on_event(
+            Warned(
+                f"what the frozen blocks give for {len(places)} rows takes {scorer.trunk.nbytes / 1e9:.1f} GB, and is "
+                "computed in every step, since speed.trunk_memory_gb and speed.trunk_disk_gb have no room for it"
+            )
+        )
 
 
 def kind_of(loss: LossConfig) -> Kind:
@@ -210,7 +228,7 @@ def fingerprint(stage: Stage) -> dict[str, Any]:
         ids.update(json.dumps([row.prompt, row.completions, row.starts, row.ranks, row.label]).encode())
     return {
         "rows": f"{stage.train_rows} + {len(stage.held_out)}, {ids.hexdigest()}",
-        "model": stage.loaded.name + " " + stage.loaded.form,
+        "model": f"{stage.loaded.name}, {reference.model_digest(stage.loaded, with_adapter=False)}",
         "start": config.model.adapter,
         "lora": asdict(stage.adapter) | {"keys": list(stage.adapter.keys), "dropout": config.lora.dropout},
         "loss": asdict(config.loss),

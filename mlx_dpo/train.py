@@ -110,13 +110,11 @@ def make_step(
     if config.loss.use_weighting and "log_sum_p2" not in stats:
         stats = (*stats, "log_sum_p2")
 
-    def objective(
-        model: nn.Module, batch: Batch, base: mx.array | None, weight: float
-    ) -> tuple[mx.array, Sums, list[mx.array] | None]:
-        policy, states = stage.scorer.score(batch, stats, gradient=True)
+    def objective(model: nn.Module, batch: Batch, base: mx.array | None, weight: float) -> tuple[mx.array, Sums]:
+        policy = stage.scorer(batch, stats, gradient=True)
         mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, stage.kind)
         output = compute_loss(policy, base, mask, rank, label, config.loss)
-        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind), states
+        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind)
 
     gradient_of = nn.value_and_grad(model, objective)
 
@@ -128,10 +126,9 @@ def make_step(
         for places in micro_batches:
             batch = make_batch([stage.rows[i] for i in places], places)
             base = reference.reference_batch(stage.reference, batch) if stage.reference is not None else None
-            (_, sums, states), fresh = gradient_of(model, batch, base, len(places) / total)
+            (_, sums), fresh = gradient_of(model, batch, base, len(places) / total)
             gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
-            mx.eval(gradients, sums, states)  # here: one micro-batch's activations are gone before the next one's
-            stage.scorer.keep(batch, states)
+            mx.eval(gradients, sums)  # here: one micro-batch's activations are gone before the next one's
             parts.append(sums)
             progress.tokens += int(batch.tokens_length.sum())
         gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)

@@ -32,43 +32,40 @@ def first_adapted(model: nn.Module) -> int:
     return next((i for i, block in enumerate(blocks) if flat(block.trainable_parameters())), len(blocks))
 
 
-def plan_rows(rows: Sequence[TokenizedRow], bytes_per_token: int, memory: float, disk: float) -> tuple[int, bool]:
-    """How many rows, from the first, fit the budget in bytes, and whether they go to disk."""
-    sizes = np.cumsum([row_tokens(row) for row in rows]) * bytes_per_token
-    on_disk = bool(len(sizes)) and sizes[-1] > memory and disk > memory
-    return int(np.searchsorted(sizes, disk if on_disk else memory, side="right")), on_disk
-
-
 def row_tokens(row: TokenizedRow) -> int:
     """Tokens of a row whose states are kept: the prompt once, and each answer without its last token."""
     return len(row.prompt) + sum(len(ids) - 1 for ids in row.completions)
 
 
 class TrunkStore:
-    """The states of a data set's rows, as they become known. `index` of a batch names its rows."""
+    """The states of a data set's rows (of those at `places`), in `memory` bytes, else in `disk` bytes, else not at all.
 
-    def __init__(self, rows: Sequence[TokenizedRow], memory: float, disk: float) -> None:
+    `index` of a batch names its rows.
+    """
+
+    def __init__(
+        self, rows: Sequence[TokenizedRow], memory: float, disk: float, places: Sequence[int] | None = None
+    ) -> None:
         self._rows = rows
         self._budget = (memory, disk)
+        self._missing = np.zeros(len(rows), bool)
+        self._missing[range(len(rows)) if places is None else places] = True
         self._known = np.zeros(len(rows), bool)
-        self._start = np.concatenate([[0], np.cumsum([row_tokens(row) for row in rows])])
+        tokens = [row_tokens(row) if wanted else 0 for row, wanted in zip(rows, self._missing, strict=True)]
+        self._start = np.concatenate([[0], np.cumsum(tokens)])
         self._states: np.ndarray | None = None  # [tokens, hidden], bits of the model's dtype
         self._dtype = mx.float32
-        self.kept_rows = len(rows)
+        self.nbytes = 0  # of all that is kept, or that there was no room for
         self.on_disk = False
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all that is, or will be, kept."""
-        return 0 if self._states is None else self._states.nbytes
+        self.no_room = False
 
     def knows(self, batch: Batch) -> bool:
         """Whether the states of all of a batch's rows are there."""
         return bool(self._known[batch.index].all())
 
     def wants(self, batch: Batch) -> bool:
-        """Whether a batch has rows that are not known yet and that the budget has room for."""
-        return bool((~self._known[batch.index] & (batch.index < self.kept_rows)).any())
+        """Whether a batch has rows that are to be kept and are not known yet."""
+        return not self.no_room and bool(self._missing[batch.index].any())
 
     def get(self, batch: Batch, layout: Sequence[Pieces]) -> list[mx.array]:
         """The states of a batch in the arrays that `layout` describes, padded with zeros."""
@@ -83,29 +80,34 @@ class TrunkStore:
         return arrays
 
     def put(self, batch: Batch, layout: Sequence[Pieces], arrays: Sequence[mx.array]) -> None:
-        """Keeps the states that `arrays` hold, of those rows that the budget has room for."""
-        if self._states is None:
+        """Keeps the states that `arrays` hold; nothing where the budget has no room for all rows."""
+        if self._states is None and not self.no_room:
             self._allocate(arrays[0])
-        assert self._states is not None
+        if self._states is None:
+            return
         for (_, pieces), states in zip(layout, arrays, strict=True):
             host = np.array(states.view(BITS[states.dtype.size]))
             for line, column, place, offset, count in pieces:
-                if batch.index[place] < self.kept_rows:
+                if self._missing[batch.index[place]]:
                     at = self._start[batch.index[place]] + offset
                     self._states[at : at + count] = host[line, column : column + count]
-        self._known[batch.index] = batch.index < self.kept_rows
+        self._known[batch.index] |= self._missing[batch.index]
+        self._missing[batch.index] = False
 
     def _allocate(self, sample: mx.array) -> None:
+        """All or nothing: a batch begins at the first adapted block only if all its rows are known."""
+        memory, disk = self._budget
         hidden, size = sample.shape[-1], sample.dtype.size
-        self._dtype = sample.dtype
-        self.kept_rows, self.on_disk = plan_rows(self._rows, hidden * size, *self._budget)
-        shape = (int(self._start[self.kept_rows]), hidden)
-        bits = np.uint16 if size == 2 else np.uint32
-        if self.on_disk and shape[0]:
+        shape, bits = (int(self._start[-1]), hidden), np.uint16 if size == 2 else np.uint32
+        self._dtype, self.nbytes = sample.dtype, shape[0] * hidden * size
+        if self.nbytes <= memory:
+            self._states = np.empty(shape, bits)
+        elif self.nbytes <= disk:
+            self.on_disk = True
             with tempfile.TemporaryFile(prefix="mlx_dpo-trunk-") as file:  # the map outlives it
                 self._states = np.memmap(file, bits, "w+", shape=shape)
         else:
-            self._states = np.empty(shape, bits)
+            self.no_room = True
 
 
 def split_layout(batch: Batch) -> list[Pieces]:

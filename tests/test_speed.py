@@ -20,7 +20,7 @@ from mlx_dpo.events import Warned
 from mlx_dpo.logprobs import LEVERS, STATS, Scorer, plain_logps
 from mlx_dpo.model import load
 from mlx_dpo.speed import settle
-from mlx_dpo.trunk import TrunkStore, plan_rows
+from mlx_dpo.trunk import TrunkStore
 
 NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
 """State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row.
@@ -137,18 +137,32 @@ def test_with_the_trunk_known_no_frozen_block_runs(tmp_path: Path) -> None:
     assert mx.isnan(plain_logps(model, batch).logps).any()
 
 
-def test_the_trunk_keeps_what_the_budget_has_room_for_and_the_rest_stays_right(tmp_path: Path) -> None:
+def test_a_trunk_that_the_budget_has_no_room_for_is_not_kept_and_the_numbers_stay_right(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
-    room = (len(rows[0].prompt) + sum(len(ids) - 1 for ids in rows[0].completions)) * 64 * 4
-    store = TrunkStore(rows, room, 0)
+    tokens = sum(len(row.prompt) + sum(len(ids) - 1 for ids in row.completions) for row in rows)
+    store = TrunkStore(rows, tokens * 64 * 4 - 1, 0)
     scorer = Scorer(model, trunk=store)
-    out = scorer.score(batch, gradient=False)
-    scorer.keep(batch, out.states)
-    assert store.kept_rows == 1 and store.nbytes <= room
-    assert not store.wants(batch) and not store.knows(batch)
+    scorer(batch, gradient=False)
+    assert store.no_room
+    assert store.nbytes == tokens * 64 * 4, "hidden size 64 in float32"
+    assert not store.wants(batch)
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
+
+
+def test_rows_that_a_run_does_not_come_to_take_no_room(tmp_path: Path) -> None:
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    rows = random_rows(vocabulary)
+    store = TrunkStore(rows, 1e9, 0, places=[1, 3])
+    scorer = Scorer(model, trunk=store)
+    batch = make_batch([rows[1], rows[3]], [1, 3])
+    filled(scorer, batch)
+    assert store.nbytes == sum(len(rows[i].prompt) + sum(len(x) - 1 for x in rows[i].completions) for i in (1, 3)) * 256
+    assert_same(measure(model, batch, scorer), measure(model, batch, None))
+    other = make_batch([rows[0]], [0])
+    assert not store.wants(other)
+    assert_same(measure(model, other, scorer), measure(model, other, None))
 
 
 def test_a_trunk_too_large_for_memory_goes_to_disk(tmp_path: Path) -> None:
@@ -157,16 +171,8 @@ def test_a_trunk_too_large_for_memory_goes_to_disk(tmp_path: Path) -> None:
     batch = make_batch(rows, range(len(rows)))
     store = TrunkStore(rows, 100, 1e9)
     scorer = filled(Scorer(model, trunk=store), batch)
-    assert store.on_disk and store.kept_rows == len(rows)
+    assert store.on_disk
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
-
-
-def test_the_budget_is_counted_in_rows() -> None:
-    row = TokenizedRow("", [5] * 6, ([5] * 3, [5] * 3), (0, 0), (1.0, 2.0))  # 6 + 2 + 2 = 10 tokens
-    assert plan_rows([row] * 4, 100, memory=2500, disk=0) == (2, False)
-    assert plan_rows([row] * 4, 100, memory=4000, disk=0) == (4, False)
-    assert plan_rows([row] * 4, 100, memory=2500, disk=9000) == (4, True)
-    assert plan_rows([row] * 4, 100, memory=2500, disk=3500) == (3, True)
 
 
 def test_statistics_are_the_plain_paths_too(tmp_path: Path) -> None:
