@@ -49,7 +49,8 @@ def demo(output: Output = None) -> None:
     config = demo_config(fetch_demo_model(progress=console.print), output or free_folder(Path("runs/demo")))
     with show_progress(rows_per_step=config.train.batch_size) as on_event:
         before = judge(config, None, on_event)
-        train(config, on_event=on_event)
+        if train(config, on_event=on_event).interrupted:
+            raise KeyboardInterrupt
         after = judge(config, config.train.output, on_event)
     show_answers(config)
     show_accuracy(before, after)
@@ -110,7 +111,7 @@ def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
         cells = []
         for found in (before, after):
             low, high = wilson_interval(found.get(key, 0.0) * found["rows"], found["rows"])
-            cells.append(f"{found[key]:.0%} ({low:.0%} to {high:.0%})" if key in found else "none: it is the measure")
+            cells.append(f"{found[key]:.0%} ({low:.0%} to {high:.0%})" if key in found else "none yet: all are 0")
         table.add_row(label, *cells)
     stdout().print(table)
 
