@@ -22,7 +22,7 @@ def stdout() -> Console:
     """The console for results that people read; what programs read is printed plainly."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    return Console(highlight=False)
 
 
 def show_error(error: MlxDpoError) -> None:

@@ -103,10 +103,13 @@ def show_comparison(loaded: LoadedModel, question: Prompt, how: dict[str, Any]) 
 
     title = question if isinstance(question, str) else question[-1]["content"]
     said = {"base": "", "tuned": ""}
-    with Live(side_by_side(title, **said), console=stdout(), vertical_overflow="visible") as live:
+    console = stdout()
+    with Live(side_by_side(title, **said), console=console, vertical_overflow="visible") as live:
 
         def hear(side: str, text: str) -> None:
             said[side] += text
             live.update(side_by_side(title, **said))
 
         list(compare(loaded, [question], **how, on_token=hear))
+    if not console.is_terminal:
+        console.print()  # where nothing is drawn twice, Live leaves the last line open
