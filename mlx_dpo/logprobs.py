@@ -17,7 +17,7 @@ import numpy as np
 from mlx_dpo.arrays import TokenLogps, flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped, Twice
-from mlx_dpo.config import SpeedConfig
+from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
 from mlx_dpo.trunk import Pieces, TrunkStore, first_adapted, split_layout, whole_layout
@@ -27,6 +27,13 @@ CHUNK_LOGITS = 2**23
 arrays live at once (measured on its CPU backend)."""
 
 STATS = ("entropy", "mean_logit", "correct", "log_sum_p2")
+
+
+def wanted_stats(config: RunConfig) -> tuple[str, ...]:
+    """Those of `STATS` that a step of this run asks for."""
+    weigh = ("log_sum_p2",) if config.loss.use_weighting else ()
+    return STATS if config.train.token_metrics else weigh
+
 
 LEVERS = ("trunk", "shared_prompt", "completion_head")
 """The fields of `SpeedConfig` that leave work out here; with none of them the plain path is taken."""
@@ -130,7 +137,7 @@ class Scorer:
         if self.parts is None or not any(getattr(self.speed, name) for name in LEVERS):
             return Scoring(plain_logps(self.model, batch, stats))
         trunk = self.trunk if self.speed.trunk and batch.shares_prompt and self.first_adapted > 0 else None
-        fed = trunk.get(batch, self._layout(batch)) if trunk is not None and trunk.knows(batch) else None
+        fed = trunk.get(batch, self.layout(batch)) if trunk is not None and trunk.knows(batch) else None
         heard: list[mx.array] | None = [] if trunk is not None and trunk.wants(batch) else None
         hidden, scored = (self._split if self._shares(batch) else self._whole)(batch, _Listener(fed, heard))
         picked = hidden[scored.position]
@@ -143,9 +150,10 @@ class Scorer:
     def keep(self, batch: Batch, states: list[mx.array] | None) -> None:
         """Puts what `score` gave for `batch`, now evaluated, into the trunk's store."""
         if self.trunk is not None and states is not None:
-            self.trunk.put(batch, self._layout(batch), states)
+            self.trunk.put(batch, self.layout(batch), states)
 
-    def _layout(self, batch: Batch) -> list[Pieces]:
+    def layout(self, batch: Batch) -> list[Pieces]:
+        """How the arrays of a batch's states lie in the trunk's store."""
         return split_layout(batch) if self._shares(batch) else whole_layout(batch)
 
     def _shares(self, batch: Batch) -> bool:

@@ -18,6 +18,9 @@ from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.logprobs import LEVERS, Scorer, plain_logps
 from mlx_dpo.trunk import TrunkStore
 
+CUT = (64, 32)
+"""Tokens of the prompt and of each answer that the comparison with the plain path reads at most."""
+
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.15, mx.float16: 0.03}
 """Largest difference of a token's log-prob that rounding explains, by the dtype a model computes in, nats."""
 
@@ -36,13 +39,11 @@ def settle(
 
     What does not hold is switched off with a warning that says why; the plain path is what is left in the end.
     """
-    short = sorted(rows, key=length)[:8]
-    two = [short[0], next((row for row in short if len(row.prompt) != len(short[0].prompt)), short[-1])]
+    two = two_short(rows)
     batch = make_batch(two, [0, 1])
     expected, expected_gradient = _measure(model, batch, None)
     tolerance = TOLERANCE.get(_dtype(model), 1e-3)
-    on = [name for name in LEVERS if getattr(speed, name)]
-    tries = [speed, *(replace(speed, **{name: False}) for name in on), replace(speed, trunk=False, shared_prompt=False)]
+    *tries, plain = fallbacks(speed)
     complaint = ""
     for candidate in tries:
         scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=TrunkStore(two, 1e12, 0))
@@ -57,13 +58,32 @@ def settle(
         difference = float(mx.abs(found - expected).max())
         relative = _relative(gradient, expected_gradient)
         if difference <= tolerance and relative <= 10 * tolerance:
-            off = [name for name in on if not getattr(candidate, name)]
+            off = [name for name in LEVERS if getattr(speed, name) and not getattr(candidate, name)]
             if off:
                 on_event(Warned(f"speed.{', speed.'.join(off)} left out for this model ({complaint})"))
             return candidate, difference
         complaint = complaint or f"log-probs differ by {difference:.2g}, gradients by {relative:.2g} of their norm"
     on_event(Warned(f"the plain path is taken, with no speed lever, for this model ({complaint})"))
-    return replace(speed, **dict.fromkeys(LEVERS, False)), 0.0
+    return plain, 0.0
+
+
+def fallbacks(speed: SpeedConfig) -> list[SpeedConfig]:
+    """The levers to try one after the other where they do not hold; the last is the plain path."""
+    on = [name for name in LEVERS if getattr(speed, name)]
+    fewer = [replace(speed, **{name: False}) for name in on]
+    return [speed, *fewer, replace(speed, trunk=False, shared_prompt=False), replace(speed, **dict.fromkeys(on, False))]
+
+
+def two_short(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
+    """Two short rows of unequal prompts, cut short: the plain path makes all their logits at once."""
+    short = sorted(rows, key=length)[:8]
+    other = next((row for row in short if len(row.prompt) != len(short[0].prompt)), short[-1])
+    return [_cut(short[0], *CUT), _cut(other, CUT[0] - 8, CUT[1])]
+
+
+def _cut(row: TokenizedRow, prompt: int, completion: int) -> TokenizedRow:
+    cut = row._replace(completions=tuple(ids[:completion] for ids in row.completions))
+    return cut._replace(prompt=row.prompt[-prompt:]) if row.shares_prompt else cut
 
 
 def _measure(model: nn.Module, batch: Batch, scorer: Scorer | None) -> tuple[mx.array, dict[str, mx.array]]:

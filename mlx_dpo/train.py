@@ -23,7 +23,7 @@ from mlx_dpo.evaluate import evaluate_rows, labels
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.interrupt import deferred_interrupt
-from mlx_dpo.logprobs import LEVERS, STATS
+from mlx_dpo.logprobs import LEVERS, wanted_stats
 from mlx_dpo.losses import check_loss_config, compute_loss
 from mlx_dpo.metrics import Sums, averages, batch_metrics
 from mlx_dpo.optim import learning_rate, make_optimizer
@@ -106,9 +106,7 @@ def make_step(
     It is called with the step's micro-batches (places in `stage.rows`), the learning rate and the run's progress.
     """
     config, model, following = stage.config, stage.loaded.model, _following(stage)
-    stats = STATS if config.train.token_metrics else ()
-    if config.loss.use_weighting and "log_sum_p2" not in stats:
-        stats = (*stats, "log_sum_p2")
+    stats = wanted_stats(config)
 
     def objective(model: nn.Module, batch: Batch, base: mx.array | None, weight: float) -> tuple[mx.array, Sums]:
         policy = stage.scorer(batch, stats, gradient=True)
