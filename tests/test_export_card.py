@@ -11,7 +11,7 @@ import yaml
 
 from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, RunConfig, TrainConfig
 from mlx_dpo.errors import RunError
-from mlx_dpo.export.card import model_card, write_card
+from mlx_dpo.export.card import card_along, model_card, write_card
 from mlx_dpo.settings import to_yaml
 
 BEFORE = {"step": 0, "eval_loss": 0.6931, "eval_rewards/margins": 0.0, "eval_rewards/accuracies": 0.0}
@@ -111,3 +111,14 @@ def test_a_line_that_was_cut_by_a_kill_is_left_out(tmp_path: Path) -> None:
 def test_a_folder_of_no_run_has_no_card(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="is no run folder"):
         write_card(tmp_path)
+
+
+def test_an_export_does_not_fail_for_settings_that_this_version_does_not_read(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", STEPS)
+    (run / "config.yaml").write_text("train:\n  sed: 7\n")
+    said: list[Any] = []
+    card_along(run, tmp_path, fused=True, on_event=said.append)
+    assert "no model card" in said[0].text
+    assert not (tmp_path / "README.md").exists()
+    card_along(tmp_path, tmp_path, fused=True, on_event=said.append)  # no run's folder: nothing to say
+    assert len(said) == 1

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.config import RunConfig
-from mlx_dpo.errors import RunError
+from mlx_dpo.errors import RunError, UsageError
+from mlx_dpo.events import OnEvent, Warned
 from mlx_dpo.run import RunFolder, written_whole
 from mlx_dpo.settings import resolve
 
@@ -23,9 +24,17 @@ RESULTS = {
 """What a card shows of the held-out rows: the metric, its name there, its form."""
 
 
-def is_run(folder: Path) -> bool:
-    """Whether `folder` is that of a training, so that there is a card to be made of it."""
-    return RunFolder(folder).config.is_file()
+def card_along(adapter: str | Path, into: Path, *, fused: bool, on_event: OnEvent) -> None:
+    """Writes the card beside an export, where the adapter's folder is that of a training.
+
+    An export does not fail for its card: settings that this version does not read are a warning.
+    """
+    if not RunFolder(Path(adapter)).config.is_file():
+        return
+    try:
+        write_card(adapter, into, fused=fused)
+    except UsageError as error:
+        on_event(Warned(f"no model card: {error.message}"))
 
 
 def write_card(run_folder: str | Path, into: Path | None = None, *, fused: bool = False) -> Path:

@@ -18,7 +18,7 @@ from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, Dtype, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
-from mlx_dpo.export.card import is_run, write_card
+from mlx_dpo.export.card import card_along
 from mlx_dpo.export.forms import Form, LayerLoss, choose_forms, dtype_name, measure_loss, total_loss
 from mlx_dpo.export.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
 from mlx_dpo.export.verify import Verified, verify_folder
@@ -103,8 +103,7 @@ def fuse(
         beside.mkdir(exist_ok=True)
         on_event(Phase("writing weights", 0, 1, ""))
         write_folder(tuned, settings, folder, beside)
-        if is_run(Path(adapter)):
-            write_card(adapter, beside, fused=True)
+        card_along(adapter, beside, fused=True, on_event=on_event)
         on_event(Phase("writing weights", 1, 1, ""))
         verified = None
         if verify:
@@ -150,7 +149,7 @@ def write_folder(model: nn.Module, config: dict[str, Any], source: Path, target:
     """Weights in shards with their index, configuration, and `source`'s tokenizer, template and generation settings."""
     from mlx_lm.utils import save_config, save_model
 
-    save_model(target, model)
+    save_model(target, model, donate_model=True)  # so that a shard is gone from memory once it is written
     has_vision = "vision_tower" in getattr(model, "model", {})
     save_config(config, target / "config.json", keep_vision_config=has_vision)
     for file in {file for pattern in CARRIED for file in source.glob(pattern)}:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError
 from mlx_dpo.events import OnEvent, Warned, ignore
-from mlx_dpo.export.card import is_run, write_card
+from mlx_dpo.export.card import card_along
 from mlx_dpo.export.fuse import check_output, load_stored
 from mlx_dpo.export.merge import adapted_layers, base_of, is_packed
 from mlx_dpo.export.verify import Verified, has_peft, verify_folder, verify_peft
@@ -74,8 +74,7 @@ def export_peft(
         beside.mkdir(exist_ok=True)
         mx.save_safetensors(str(beside / "adapter_model.safetensors"), tensors, metadata={"format": "pt"})
         (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        if is_run(Path(adapter)):
-            write_card(adapter, beside)
+        card_along(adapter, beside, fused=False, on_event=on_event)
         if verify:
             trained = replace(model, adapter=str(adapter))
             found.append(
