@@ -24,11 +24,11 @@ from mlx_dpo.logprobs import LEVERS  # noqa: E402
 DEMO = ROOT / "mlx_dpo" / "demo_data"
 
 
-def seen(*walls: float, reference: float | None = None, memory: float = 100) -> dict[str, Any]:
+def seen(*walls: float, memory: float = 100, **stages: float) -> dict[str, Any]:
     """What a pass of a worker gives, with twice as many CPU as wall seconds."""
-    stages = {} if reference is None else {"reference": {"wall": reference, "cpu": 2 * reference}}
+    taken = {name: {"wall": wall, "cpu": 2 * wall} for name, wall in stages.items()}
     steps = [{"wall": wall, "cpu": 2 * wall, "loss": 0.6931} for wall in walls]
-    return {"steps": steps, "stages": stages, "peak_mlx_mb": memory, "peak_rss_mb": 2 * memory}
+    return {"steps": steps, "stages": taken, "peak_mlx_mb": memory, "peak_rss_mb": 2 * memory}
 
 
 @pytest.fixture(scope="module")
@@ -78,29 +78,27 @@ def test_an_ideal_step_is_counted_by_hand() -> None:
     assert known == counted | {"forward": 2 * 2 * 4 * 10, "attention": (2 + 2 * 2) * 4 * 6 * 10}
 
 
-def test_first_steps_do_not_count_and_epochs_are_told_apart() -> None:
-    passes = [seen(9, 1, 2, 0.5, 0.5, 0.5, reference=6), seen(9, 3, 4, 0.7, 0.7, 0.7, reference=8)]
-    found = rounds.summary(passes, warmup=1, steps=3)
-    assert found["first"] == {"wall": 2.5, "cpu": 5}
-    assert found["later"] == {"wall": pytest.approx(0.6), "cpu": pytest.approx(1.2)}
-    assert found["reference"] == {"wall": 7, "cpu": 14}
-    assert rounds.summary([{"error": "gone"}, seen(9, 1, 1)], 1, 3)["first"]["wall"] == 1
-    assert rounds.summary([{"error": "gone"}], 1, 3) == {"error": "gone"}
+def test_first_steps_do_not_count() -> None:
+    found = rounds.summary([seen(9, 1, 2, reference=6, trunk=2), seen(9, 3, 4, reference=8, trunk=4)], warmup=1)
+    assert found["step"] == {"wall": 2.5, "cpu": 5}
+    assert found["reference"] == {"wall": 7, "cpu": 14} and found["trunk"] == {"wall": 3, "cpu": 6}
+    assert rounds.summary([{"error": "gone"}, seen(9, 1, 1)], 1)["step"]["wall"] == 1
+    assert rounds.summary([{"error": "gone"}], 1) == {"error": "gone"}
 
 
 def test_ratios_are_to_the_best_rival_and_a_missing_one_is_left_out() -> None:
     measured = {
-        "mlx_dpo": rounds.summary([seen(9, 2, 1, 1, reference=3, memory=50)], 1, 2),
-        "soup": rounds.summary([seen(9, 4, reference=6, memory=100)], 1, 2),
-        "mlx-lm-lora": rounds.summary([seen(9, 8, memory=80)], 1, 2),
-        "mlx-lm-sft": rounds.summary([seen(9, 1, memory=10)], 1, 2),
+        "mlx_dpo": rounds.summary([seen(9, 1, 1, trunk=3, reference=2, memory=50)], 1),
+        "soup": rounds.summary([seen(9, 4, 4, reference=10, memory=100)], 1),
+        "mlx-lm-lora": rounds.summary([seen(9, 8, 8, memory=80)], 1),
+        "mlx-lm-sft": rounds.summary([seen(9, 2, 2, memory=10)], 1),
         "trl": {"error": "no torch"},
     }
-    found = ratios(measured)
-    assert found["step, first epoch / best MLX peer"] == {"wall": 0.5, "cpu": 0.5}
-    assert found["step, later epoch / best MLX peer"] == {"wall": 0.25, "cpu": 0.25}
-    assert found["step, first epoch / mlx-lm's SFT step"] == {"wall": 2, "cpu": 2}
-    assert found["reference pass / best MLX peer"] == {"wall": 0.5, "cpu": 0.5}
+    found = ratios(measured, steps=3)
+    assert found["a step of the first epoch / best MLX peer"] == {"wall": (1 + 3 / 3) / 4, "cpu": 0.5}
+    assert found["a step of later epochs / best MLX peer"] == {"wall": 0.25, "cpu": 0.25}
+    assert found["a step of the first epoch / mlx-lm's SFT step"] == {"wall": 1, "cpu": 1}
+    assert found["trunk and reference pass / best MLX peer's reference pass"] == {"wall": 0.5, "cpu": 0.5}
     assert found["peak_mlx_mb / best MLX peer"] == {"memory": 50 / 80}
     assert not any("TRL" in name for name in found)
 
@@ -113,7 +111,7 @@ def test_every_lever_has_a_run_without_it() -> None:
 
 
 def test_a_short_run_trains_and_fills_the_page(tiny_llama: Path, tmp_path: Path, tokenizer: Any) -> None:
-    """mlx_dpo on a tiny model: two epochs of the same batches, loss ln 2 at the start, figures between the marks."""
+    """mlx_dpo on a tiny model: a step a batch, loss ln 2 at the start, figures between the marks."""
     workload = workloads(DEMO)["short"]
     spec = {
         "model": str(tiny_llama), "batches": batches(workload, DEMO, tokenizer, 2), "batch": workload.batch,
@@ -125,12 +123,12 @@ def test_a_short_run_trains_and_fills_the_page(tiny_llama: Path, tmp_path: Path,
     found = rounds.measure(contender, spec, lambda _: sys.executable, rounds=1, logs=tmp_path / "logs", say=said.append)
     ours = found["mlx_dpo"]
     assert "error" not in ours, ours
-    assert len(ours["passes"][0]["steps"]) == 4
+    assert len(ours["passes"][0]["steps"]) == 2
     assert ours["first_loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert ours["warnings"] == [] and ours["reference"]["wall"] > 0
+    assert ours["warnings"] == [] and ours["reference"]["wall"] > 0 and ours["trunk"]["wall"] > 0
 
     limit = rounds.run_worker("limit", spec | {"options": {}}, sys.executable, tmp_path / "limit.log")["limit"]
-    section = {"lengths": [(3, 2, 1)], "contenders": found, "ratios": ratios(found), "limit": limit}
+    section = {"lengths": [(3, 2, 1)], "contenders": found, "ratios": ratios(found, 2), "limit": limit}
     machine = {
         "processor": "a chip", "cores": 2, "memory_gb": 8, "system": "Linux", "device": "cpu", "blas": "MLX's own",
         "python": "3", "versions": {"mlx": "0"},

@@ -76,7 +76,7 @@ def measure_steps(settings: Settings, results: dict[str, Any]) -> None:
         section = {
             "lengths": [lengths(pair) for batch in spec["batches"] for pair in batch],
             "contenders": found,
-            "ratios": ratios(found),
+            "ratios": ratios(found, settings.steps),
             "limit": limit.get("limit"),
             "flops_per_second": limit.get("flops_per_second"),
         }
@@ -109,7 +109,7 @@ def measure_growth(settings: Settings, results: dict[str, Any]) -> None:
             for who, speed in {"mlx_dpo": {}, "plain": PLAIN}.items():
                 point = BESIDE | {sweep: size, "sweep": sweep, "who": who}
                 options = {"prompt": point["prompt"], "answer": point["answer"], "speed": speed}
-                found = _synthetic(settings, options | {"passes": 1 if speed else 2}, f"growth-{sweep}-{size}-{who}")
+                found = _synthetic(settings, options, f"growth-{sweep}-{size}-{who}")
                 points.append(point | found)
                 _say(f"  {point | found}")
     results["growth"] = points
@@ -120,13 +120,11 @@ def measure_growth(settings: Settings, results: dict[str, Any]) -> None:
 
 def measure_vocabulary(settings: Settings, results: dict[str, Any]) -> None:
     """Peak memory of a tiny model with a large vocabulary, with and without the head in chunks."""
-    options = {"prompt": BESIDE["prompt"], "answer": LONG_ANSWER, "vocabulary": VOCABULARY, "passes": 1}
+    options = {"prompt": BESIDE["prompt"], "answer": LONG_ANSWER, "vocabulary": VOCABULARY}
     runs = {
         who: _synthetic(settings, options | {"speed": speed}, f"vocabulary-{who.replace(' ', '-')}")
         for who, speed in {"mlx_dpo": {}, "without completion_head": {"completion_head": False}, "plain": PLAIN}.items()
     }
-    for found in runs.values():
-        found["wall"] = found.get("first")
     results["vocabulary"] = {"vocabulary": VOCABULARY, "answer": LONG_ANSWER, "runs": runs}
     _say(page.vocabulary_section(results["vocabulary"]) + "\n")
 
@@ -146,15 +144,15 @@ PARTS: dict[str, Callable[[Settings, dict[str, Any]], None]] = {
 
 
 def _synthetic(settings: Settings, options: dict[str, Any], label: str) -> dict[str, Any]:
-    """Seconds of a step on one pair of stated lengths, in the first epoch and, where there is one, in the second."""
+    """Seconds of a step on one pair of stated lengths, and of its trunk, and the memory they take."""
     keys, top = ADAPTERS["top16"]
     spec = _fixed(settings) | {"keys": keys, "top_layers": top, "batch": 1, "max_length": None, "options": options}
     found = run_worker("synthetic", spec, sys.executable, settings.out / "logs" / f"{label}.log")
     if "error" in found:
         return found
-    walls = [step["wall"] for step in found["steps"]]
-    seconds = {"first": walls[1]} | ({"later": min(walls[2:])} if walls[2:] else {})
-    return seconds | {name: found[name] for name in ("peak_mlx_mb", "peak_rss_mb", "model_mb")}
+    step = min(taken["wall"] for taken in found["steps"][1:])
+    trunk = found["stages"].get("trunk", {"wall": 0.0})["wall"] / (len(found["steps"]) - 1)  # the first did not count
+    return {"step": step, "trunk": trunk} | {name: found[name] for name in ("peak_mlx_mb", "peak_rss_mb", "model_mb")}
 
 
 def _cases(settings: Settings) -> list[tuple[str, Workload, str]]:

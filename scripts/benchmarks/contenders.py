@@ -28,9 +28,7 @@ class Contender:
 
 
 def _ours(**speed: bool) -> Contender:
-    # twice over the rows: the trunk becomes known in the first epoch and is read in the second
-    epochs = 2 if speed.get("trunk", True) else 1
-    return Contender(worker="ours", ours=True, options={"epochs": epochs, "speed": speed})
+    return Contender(worker="ours", ours=True, options={"speed": speed})
 
 
 OURS: dict[str, Contender] = {

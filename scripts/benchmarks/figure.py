@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-LINES = {("mlx_dpo", "later"): "-o", ("mlx_dpo", "first"): "--o", ("plain", "first"): "-s"}
-"""What is drawn and how: mlx_dpo from its second epoch on and in its first, and the plain path."""
+LINES = {"mlx_dpo": "-o", "plain": "-s"}
 
 
 def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
@@ -20,13 +19,14 @@ def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
     figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
     for column, length in enumerate(("prompt", "answer")):
         swept = [p for p in points if p["sweep"] == length and "error" not in p]
-        for (who, epoch), style in LINES.items():
-            line = [p for p in swept if p["who"] == who and epoch in p]
-            label = who if who == "plain" else f"{who}, {epoch} epoch" + ("s" if epoch == "later" else "")
-            axes[0, column].plot([p[length] for p in line], [p[epoch] for p in line], style, label=label)
-        for who, style in {"mlx_dpo": "-o", "plain": "-s"}.items():
+        for who, style in LINES.items():
             line = [p for p in swept if p["who"] == who]
-            axes[1, column].plot([p[length] for p in line], [p["peak_mlx_mb"] for p in line], style, label=who)
+            size = [p[length] for p in line]
+            axes[0, column].plot(size, [p["step"] for p in line], style, label=who)
+            axes[1, column].plot(size, [p["peak_mlx_mb"] for p in line], style, label=who)
+            if who == "mlx_dpo":
+                first = [p["step"] + p["trunk"] for p in line]
+                axes[0, column].plot(size, first, "--o", label="mlx_dpo with the trunk pass")
         axes[0, column].set_ylabel("seconds a step of one pair")
         axes[1, column].set_ylabel("peak memory, MB")
         for axis in axes[:, column]:

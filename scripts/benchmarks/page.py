@@ -44,14 +44,15 @@ def steps_section(name: str, found: Mapping[str, Any], settings: Mapping[str, An
         f"{fmean(answers):.0f} an answer. Adapter: rank {settings['rank']} on {', '.join(settings['keys'])} of the top "
         f"{settings['top_layers']} of {settings['blocks']} blocks."
     )
-    columns = ["", "s a step", "CPU s", "later epochs: s", "CPU s", "peak MB, MLX", "peak MB, process"]
-    columns += ["reference, s a pair", "first loss"]
-    rows = found["lengths"].__len__()
+    columns = ["", "s a step", "CPU s", "peak MB, MLX", "peak MB, process", "trunk, s a pair", "reference, s a pair"]
+    columns.append("first loss")
+    rows = len(found["lengths"])
     lines = [_step_row(who, result, rows) for who, result in found["contenders"].items()]
     limit = found.get("limit")
     if limit:
         seconds = {epoch: median(sum(step.values()) for step in limit[epoch]) for epoch in limit}
-        lines.append(["counted limit", _s(seconds["first"]), "", _s(seconds["later"]), "", "", "", "", ""])
+        lines.append(["counted limit", _s(seconds["first"]), *[""] * 6])
+        lines.append(["counted limit, trunk known", _s(seconds["later"]), *[""] * 6])
     kinds = ["wall", "cpu", "memory"]
     compared = [
         [what, *(_s(ratio[kind]) if kind in ratio else "" for kind in kinds)] for what, ratio in found["ratios"].items()
@@ -81,7 +82,7 @@ def profile_section(name: str, found: Mapping[str, Any]) -> str:
 def vocabulary_section(found: Mapping[str, Any]) -> str:
     """Peak memory under a large vocabulary."""
     rows = [
-        [who, result["error"], ""] if "error" in result else [who, f"{result['peak_mlx_mb']:.0f}", _s(result["wall"])]
+        [who, result["error"], ""] if "error" in result else [who, f"{result['peak_mlx_mb']:.0f}", _s(result["step"])]
         for who, result in found["runs"].items()
     ]
     head = f"### {found['vocabulary']:,} tokens of vocabulary, two answers of {found['answer']} tokens"
@@ -90,7 +91,7 @@ def vocabulary_section(found: Mapping[str, Any]) -> str:
 
 def growth_section(points: Sequence[Mapping[str, Any]]) -> str:
     """Time and memory of a pair by length."""
-    columns = ["prompt", "answer", "", "first epoch, s", "later, s", "peak MB, MLX"]
+    columns = ["prompt", "answer", "", "a step, s", "its trunk, once, s", "peak MB, MLX"]
     rows = [
         [
             str(point["prompt"]),
@@ -99,7 +100,7 @@ def growth_section(points: Sequence[Mapping[str, Any]]) -> str:
             *(
                 [point["error"], "", ""]
                 if "error" in point
-                else [_s(point["first"]), _s(point.get("later")), f"{point['peak_mlx_mb']:.0f}"]
+                else [_s(point["step"]), _s(point["trunk"]), f"{point['peak_mlx_mb']:.0f}"]
             ),
         ]
         for point in points
@@ -115,16 +116,16 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def _step_row(who: str, result: Result, rows: int) -> list[str]:
     if "error" in result:
-        return [who, f"failed: {result['error'][:120]}", *[""] * 7]
-    later, reference = result.get("later", {}), result.get("reference")
-    seconds = [result["first"]["wall"], result["first"]["cpu"], later.get("wall"), later.get("cpu")]
+        return [who, f"failed: {result['error'][:120]}", *[""] * 6]
+    before = [result.get(stage) for stage in ("trunk", "reference")]
+    seconds = [result["step"]["wall"], result["step"]["cpu"]]
     memory = [result["peak_mlx_mb"], result["peak_rss_mb"]]
     loss = result["first_loss"]
     return [
         who,
         *map(_s, seconds),
         *("" if mb is None else f"{mb:.0f}" for mb in memory),
-        _s(reference["wall"] / rows) if reference else "",
+        *(_s(stage["wall"] / rows) if stage else "" for stage in before),
         "" if loss is None else f"{loss:.4f}",
     ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from benchmarks.contenders import PEERS
@@ -10,11 +10,12 @@ from benchmarks.contenders import PEERS
 Result = dict[str, Any]
 
 
-def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, float]]:
+def ratios(results: Mapping[str, Result], steps: int) -> dict[str, dict[str, float]]:
     """Ratios of mlx_dpo with all levers to the best MLX trainer of preferences, to mlx-lm's SFT step and to TRL.
 
     Each is named for what is compared and holds `wall` and `cpu`, or `memory`; below 1 is better. What was not
-    measured is left out.
+    measured is left out. A step of the first epoch bears its share of the trunk pass, which went over the rows of
+    `steps` steps; one of a later epoch does not, and there the trunk is known.
     """
     ours = results.get("mlx_dpo", {"error": "not measured"})
     if "error" in ours:
@@ -22,18 +23,23 @@ def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, float]]:
     good = {name: found for name, found in results.items() if name in PEERS and "error" not in found}
     rivals = {name: found for name, found in good.items() if PEERS[name].mlx and PEERS[name].prefers}
     compared: dict[str, dict[str, float]] = {}
-    for epoch in ("first", "later"):
-        if epoch not in ours:
-            continue
-        compared[f"step, {epoch} epoch / best MLX peer"] = _times(ours[epoch], rivals, lambda found: found["first"])
-        for name, peer in {"mlx-lm-sft": "mlx-lm's SFT step", "trl": "TRL"}.items():
-            there = {name: good[name]} if name in good else {}
-            compared[f"step, {epoch} epoch / {peer}"] = _times(ours[epoch], there, lambda found: found["first"])
+    trunk = ours.get("trunk", {"wall": 0.0, "cpu": 0.0})
+    epochs = {
+        "the first epoch": {kind: seconds + trunk[kind] / steps for kind, seconds in ours["step"].items()},
+        "later epochs": ours["step"],
+    }
+    others = {"best MLX peer": rivals} | {
+        name: {peer: good[peer]}
+        for peer, name in {"mlx-lm-sft": "mlx-lm's SFT step", "trl": "TRL"}.items()
+        if peer in good
+    }
+    for epoch, seconds in epochs.items():
+        for name, there in others.items():
+            compared[f"a step of {epoch} / {name}"] = _times(seconds, there, "step")
     if "reference" in ours:
-        with_pass = {name: found for name, found in rivals.items() if "reference" in found}
-        compared["reference pass / best MLX peer"] = _times(
-            ours["reference"], with_pass, lambda found: found["reference"]
-        )
+        before = {kind: seconds + trunk[kind] for kind, seconds in ours["reference"].items()}
+        first = {name: found for name, found in rivals.items() if "reference" in found}
+        compared["trunk and reference pass / best MLX peer's reference pass"] = _times(before, first, "reference")
     for kind in ("peak_mlx_mb", "peak_rss_mb"):
         if rivals:
             best = min(found[kind] for found in rivals.values())
@@ -41,10 +47,8 @@ def ratios(results: Mapping[str, Result]) -> dict[str, dict[str, float]]:
     return {name: ratio for name, ratio in compared.items() if ratio}
 
 
-def _times(
-    ours: Mapping[str, float], others: Mapping[str, Result], seconds: Callable[[Result], Mapping[str, float]]
-) -> dict[str, float]:
+def _times(ours: Mapping[str, float], others: Mapping[str, Result], what: str) -> dict[str, float]:
     """Ratios of wall and of CPU seconds, each to the lowest of the others."""
     if not others:
         return {}
-    return {kind: ours[kind] / min(seconds(found)[kind] for found in others.values()) for kind in ("wall", "cpu")}
+    return {kind: seconds / min(found[what][kind] for found in others.values()) for kind, seconds in ours.items()}

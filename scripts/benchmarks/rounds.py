@@ -90,33 +90,30 @@ def measure(
             passes[name].append(found)
             seconds = f"{time.perf_counter() - began:.0f} s"
             say(f"  round {turn + 1}, {name}: {found.get('error', seconds)}")
-    return {name: summary(found, spec["warmup"], len(spec["batches"])) for name, found in passes.items()}
+    return {name: summary(found, spec["warmup"]) for name, found in passes.items()}
 
 
-def summary(passes: Sequence[Result], warmup: int, steps: int) -> Result:
-    """The medians over all passes: seconds of a step in the `first` epoch and `later`, memory, the reference's seconds.
+def summary(passes: Sequence[Result], warmup: int) -> Result:
+    """The medians over all passes: seconds of a `step` and of what comes before (`trunk`, `reference`), and memory.
 
-    The first `warmup` steps of each pass are dropped. Of passes that failed the error of one is given.
+    The first `warmup` steps of each pass are dropped. Of passes that all failed the error of one is given.
     """
     good = [found for found in passes if "error" not in found]
     if not good:
         return {"error": passes[0]["error"]}
-    epochs = {
-        "first": [step for found in good for step in found["steps"][warmup:steps]],
-        "later": [step for found in good for step in found["steps"][steps:]],
-    }
-    rows: Result = {
-        name: {kind: statistics.median(step[kind] for step in taken) for kind in ("wall", "cpu")}
-        for name, taken in epochs.items()
-        if taken
-    }
+    steps = [step for found in good for step in found["steps"][warmup:]]
+    rows: Result = {"step": _medians(steps)}
+    for stage in ("trunk", "reference"):
+        if taken := [found["stages"][stage] for found in good if stage in found["stages"]]:
+            rows[stage] = _medians(taken)
     for name in ("peak_mlx_mb", "peak_rss_mb"):
         seen = [found[name] for found in good if found[name] is not None]
         rows[name] = statistics.median(seen) if seen else None
-    reference = [found["stages"]["reference"] for found in good if "reference" in found["stages"]]
-    if reference:
-        rows["reference"] = {kind: statistics.median(stage[kind] for stage in reference) for kind in ("wall", "cpu")}
     rows["first_loss"] = good[0]["steps"][0].get("loss")
     rows["warnings"] = good[0].get("warnings", [])
     rows["passes"] = good
     return rows
+
+
+def _medians(taken: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {kind: statistics.median(seconds[kind] for seconds in taken) for kind in ("wall", "cpu")}

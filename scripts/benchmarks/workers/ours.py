@@ -23,6 +23,9 @@ from mlx_dpo.config import (
 )
 from mlx_dpo.events import Event, Phase, Started, Stepped, Warned
 
+STAGES = {"frozen blocks": "trunk", "reference log-probs": "reference"}
+"""What comes before the first step, by the name that mlx_dpo's events have for it."""
+
 
 def run_config(spec: dict[str, Any]) -> RunConfig:
     """The settings of a run over the spec's batches, in their order; the rows are written to a file first."""
@@ -44,7 +47,6 @@ def run_config(spec: dict[str, Any]) -> RunConfig:
         train=TrainConfig(
             output=str(folder / "run"),
             batch_size=spec["batch"],
-            epochs=options.get("epochs", 1),
             shuffle=False,
             seed=spec["seed"],
             grad_checkpoint=spec["checkpoint"],
@@ -57,18 +59,18 @@ def run_config(spec: dict[str, Any]) -> RunConfig:
 
 def run(spec: dict[str, Any]) -> None:
     """Prepares, or trains, and writes what was seen."""
-    probe, reference = Probe(), ExitStack()
+    probe, under_way = Probe(), ExitStack()
     warnings: list[str] = []
     peaks: list[int] = []
 
     def listen(event: Event) -> None:
         if isinstance(event, Warned):
             warnings.append(event.text)
-        elif isinstance(event, Phase) and event.name == "reference log-probs":
+        elif isinstance(event, Phase) and event.name in STAGES:
             if event.done == 0:
-                reference.enter_context(probe.stage("reference"))
+                under_way.enter_context(probe.stage(STAGES[event.name]))
             if event.done == event.total:
-                reference.close()
+                under_way.close()
         elif isinstance(event, Started):
             peaks.append(mx.get_peak_memory())
             mx.reset_peak_memory()

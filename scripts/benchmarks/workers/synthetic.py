@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.workers.ours import run_config
 from benchmarks.workers.probe import Probe, read_spec, write_result
 from mlx_dpo import lora
+from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.checkpoint import Progress
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.logprobs import Scorer
@@ -20,12 +21,12 @@ from mlx_dpo.prepare import Stage
 from mlx_dpo.train import make_step
 from mlx_dpo.trunk import TrunkStore
 
-ROWS = 2
-"""Different rows, so that the second one's first step is neither the process's first nor one whose trunk is known."""
+ROWS = 3
+"""Different rows; the first one's step is the process's first and does not count."""
 
 
 def run(spec: dict[str, Any]) -> None:
-    """Takes a step on each row, `passes` times over, with the reference taken as known, and writes what was seen."""
+    """Reads the trunk of each row, takes a step on each with the reference as if known, writes what was seen."""
     options, probe = spec["options"], Probe()
     config = run_config(spec | {"batches": []})
     loaded = _tiny(options["vocabulary"], config.train.seed) if "vocabulary" in options else load(config.model)
@@ -34,18 +35,27 @@ def run(spec: dict[str, Any]) -> None:
     trunk = TrunkStore(rows, config.speed.trunk_memory_gb * 1e9, config.speed.trunk_disk_gb * 1e9)
     scorer = Scorer(loaded.model, config.speed, checkpoint=config.train.grad_checkpoint, trunk=trunk)
     reference = [[np.zeros(len(ids), np.float32) for ids in row.completions] for row in rows]
-    stage = Stage(config, loaded, adapter, scorer, rows, len(rows), reference, "pair", ROWS * options["passes"], 0.0)
+    stage = Stage(config, loaded, adapter, scorer, rows, len(rows), reference, "pair", ROWS, 0.0)
     optimizer, progress = make_optimizer(config.optim), Progress(fingerprint={})
     optimizer.init(loaded.model.trainable_parameters())
     step = make_step(stage, optimizer)
     base = mx.get_active_memory()
     mx.reset_peak_memory()
-    probe.start()
-    for _ in range(options["passes"]):
+    if config.speed.trunk and scorer.first_adapted > 0:
         for place in range(ROWS):
-            metrics = step([[place]], config.optim.learning_rate, progress)
-            probe.step(loss=metrics["loss"])
+            with probe.stage("trunk" if place else "first trunk"):
+                _read_trunk(scorer, make_batch([rows[place]], [place]))
+    probe.start()
+    for place in range(ROWS):
+        metrics = step([[place]], config.optim.learning_rate, progress)
+        probe.step(loss=metrics["loss"])
     write_result(probe, peak_bytes=mx.get_peak_memory(), model_mb=base / 2**20)
+
+
+def _read_trunk(scorer: Scorer, batch: Batch) -> None:
+    states = scorer.score(batch, gradient=False).states
+    mx.eval(states)
+    scorer.keep(batch, states)
 
 
 def _rows(prompt: int, answer: int, vocabulary: int) -> list[TokenizedRow]:
