@@ -15,10 +15,10 @@ import mlx.core as mx
 from mlx_dpo import lora, reference
 from mlx_dpo.arrays import Kind
 from mlx_dpo.batching import length, make_batch, order_batches
-from mlx_dpo.config import LossConfig, RunConfig, SpeedConfig
+from mlx_dpo.config import LoraConfig, LossConfig, RunConfig, SpeedConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.encode import TokenizedRow, encode_records
-from mlx_dpo.errors import ModelError
+from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
@@ -84,6 +84,7 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     start = config.model.adapter
     if start:
         adapter = lora.load(loaded.model, start, dropout=config.lora.dropout)
+        _check_own_settings(config, adapter)
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
     everything = [*rows, *valid]
@@ -100,6 +101,26 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
         known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
     mx.random.seed(config.train.seed)
     return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
+
+
+def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
+    """An adapter brings its own rank, scale and modules; another wish beside it would be ignored."""
+    wanted, plain = config.lora, LoraConfig()
+    scale = wanted.scale if wanted.alpha is None else wanted.alpha / wanted.rank
+    asked = {
+        "rank": (wanted.rank, plain.rank, adapter.rank),
+        "scale": (scale, plain.scale, adapter.scale),
+        "num_layers": (wanted.num_layers, plain.num_layers, adapter.num_layers),
+        "keys": (wanted.keys, plain.keys, adapter.keys),
+    }
+    given = [
+        f"{name} {value} (it has {own})" for name, (value, usual, own) in asked.items() if value not in (usual, own)
+    ]
+    if given:
+        raise UsageError(
+            f"training goes on with the adapter {config.model.adapter}, which cannot get {', '.join(given)}",
+            "leave that out; of an adapter's settings only lora.dropout can be chosen anew",
+        )
 
 
 def _encoded(

@@ -29,7 +29,7 @@ from mlx_dpo.metrics import Sums, averages, batch_metrics
 from mlx_dpo.optim import learning_rate, make_optimizer
 from mlx_dpo.prepare import Stage, fingerprint, prepare
 from mlx_dpo.run import RunFolder, open_run
-from mlx_dpo.settings import to_yaml
+from mlx_dpo.settings import check_config, to_yaml
 
 FALL = 0.1
 """Share of its size by which the chosen answers' log-prob may fall before the run warns."""
@@ -58,6 +58,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     Raises:
         MlxDpoError: of the kind that says what is wrong with the data, the model, the settings or the run folder.
     """
+    check_config(config)
     check_loss_config(config.loss)
     with open_run(Path(config.train.output), resume=resume) as run:
         stage = prepare(config, on_event)

@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_model_folder
 from mlx_dpo.checkpoint import Progress
 from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from mlx_dpo.errors import ModelError
+from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import Started, Warned
 from mlx_dpo.train import TrainResult, _warn_of_drift, train
 
@@ -157,3 +157,16 @@ def test_a_falling_chosen_log_prob_is_told_once_with_what_to_do() -> None:
     assert len(said) == 1
     assert "-100.0 → -130.0" in said[0].text
     assert "sigmoid:1,sft:0.2" in said[0].text
+
+
+def test_an_adapter_keeps_its_own_rank_and_a_wish_for_another_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, demonstration, "sft", type="sft")
+    config = RunConfig(
+        model=ModelConfig(path=str(tmp_path / "model"), adapter=str(tmp_path / "sft")),
+        data=DataConfig(path=str(tmp_path / "sft.jsonl")),
+        lora=LoraConfig(rank=6, num_layers=3),
+        loss=LossConfig(type="sft"),
+        train=TrainConfig(output=str(tmp_path / "more")),
+    )
+    with pytest.raises(UsageError, match=r"rank 6 \(it has 4\), num_layers 3 \(it has 2\)"):
+        train(config)
