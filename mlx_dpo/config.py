@@ -97,6 +97,7 @@ class TrainConfig:
     seed: int = 0  # of the adapter, the order of rows and dropout
     shuffle: bool = True  # false: rows in file order
     grad_checkpoint: bool = False  # compute activations twice instead of keeping them: less memory, more time
+    auto: bool = False  # smaller micro-batches, more of them, and grad_checkpoint, as far as the memory here needs it
     token_metrics: bool = False  # also entropy, logits and token accuracy, which cost a part of the head
     steps_per_report: int = 1  # optimizer steps between lines of metrics.jsonl
     steps_per_eval: int | None = 50  # optimizer steps between evaluations; null: only at the end

@@ -61,8 +61,10 @@ def resolve(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def load(config: ModelConfig) -> LoadedModel:
+def load(config: ModelConfig, *, lazy: bool = False) -> LoadedModel:
     """Loads model and tokenizer, without an adapter, frozen and in evaluation mode.
+
+    With `lazy` no weight is read before it is needed; `read_weights` reads them.
 
     Quantized weights keep their bits on a GPU. On a CPU, where MLX's quantized and half-precision products are some
     twenty times slower than float32, `compute_dtype: auto` dequantizes them once to float32: the same function.
@@ -92,11 +94,18 @@ def load(config: ModelConfig) -> LoadedModel:
     form += "+" + _set_compute_dtype(model, config)
     model.freeze()
     model.eval()
+    loaded = LoadedModel(model, wrapper._tokenizer, wrapper, settings, folder, config.path, form)
+    if not lazy:
+        read_weights(loaded)
+    return loaded
+
+
+def read_weights(loaded: LoadedModel) -> None:
+    """Reads the weights of a model that was loaded lazily. Raises ModelError where that cannot be."""
     try:
-        mx.eval(model.parameters())
+        mx.eval(loaded.model.parameters())
     except RuntimeError as error:
-        raise ModelError(f"the weights in {folder} cannot be read: {error}", "fetch the model again") from error
-    return LoadedModel(model, wrapper._tokenizer, wrapper, settings, folder, config.path, form)
+        raise ModelError(f"the weights in {loaded.path} cannot be read: {error}", "fetch the model again") from error
 
 
 def is_quantized(model: nn.Module) -> bool:

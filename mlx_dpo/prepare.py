@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import mlx.core as mx
 from mlx_dpo import lora, reference
 from mlx_dpo.arrays import Kind
 from mlx_dpo.batching import length, make_batch, order_batches
-from mlx_dpo.config import LoraConfig, LossConfig, RunConfig, SpeedConfig
+from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, RunConfig, SpeedConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.encode import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError, UsageError
@@ -23,7 +25,10 @@ from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
-from mlx_dpo.model import LoadedModel, load
+from mlx_dpo.machine import limit_memory, this_machine
+from mlx_dpo.model import LoadedModel, load, read_weights
+from mlx_dpo.phases import Draft, nbytes
+from mlx_dpo.plan import Plan, settle_memory
 from mlx_dpo.records import Record
 from mlx_dpo.speed import settle
 from mlx_dpo.trunk import TrunkStore
@@ -43,6 +48,7 @@ class Stage:
     kind: Kind
     total_steps: int
     difference: float  # of a token's log-prob between the speed levers and the plain path, nats
+    plan: Plan | None = None  # of its memory; None where MLX cannot describe what the model does
 
     _epoch: int = -1
     _batches: list[list[int]] = field(default_factory=list)
@@ -60,7 +66,46 @@ class Stage:
 
 
 def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
-    """Everything before the first step: data, model, adapter, and the reference's log-probs."""
+    """Everything before the first step: data, model, adapter, and the reference's log-probs.
+
+    Raises:
+        RunError: the run does not fit this machine.
+    """
+    draft, loaded, adapter = begin(config, partial(load, lazy=True), on_event)
+    draft, plan = _settle_memory(draft, on_event)
+    on_event(Phase("loading the model", 0, 1, ""))
+    read_weights(loaded)
+    on_event(Phase("loading the model", 1, 1, ""))
+    config, everything = draft.config, draft.rows
+    rows = everything[: draft.train_rows]
+    steps = _total_steps(config, len(rows))
+    places = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
+    checkpoint = config.train.grad_checkpoint
+    speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
+    if speed != config.speed:
+        _, plan = _settle_memory(replace(draft, config=replace(config, speed=speed)), on_event)
+    budget = (speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9)
+    trunk = TrunkStore(everything, *budget, places) if speed.trunk else None
+    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
+    _fill_trunk(scorer, config.train.batch_size, everything, places, on_event)
+    known = None
+    if needs_reference(config.loss):
+        known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
+    mx.random.seed(config.train.seed)
+    return Stage(config, loaded, adapter, scorer, everything, len(rows), known, draft.kind, steps, difference, plan)
+
+
+def _settle_memory(draft: Draft, on_event: OnEvent) -> tuple[Draft, Plan | None]:
+    draft, plan = settle_memory(draft, this_machine(), on_event)
+    if plan:
+        limit_memory(plan.limit, plan.peak - plan.parts["weights"])
+    return draft, plan
+
+
+def begin(
+    config: RunConfig, load_model: Callable[[ModelConfig], LoadedModel], on_event: OnEvent = ignore
+) -> tuple[Draft, LoadedModel, lora.Adapter]:
+    """Rows as tokens, and the model that `load_model` gives with its adapter on it."""
     kind = kind_of(config.loss)
     splits = load_splits(
         config.data.path,
@@ -69,9 +114,10 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
         kind=kind,
         on_event=on_event,
     )
-    on_event(Phase("loading the model", 0, 1, ""))
-    loaded = load(config.model)
-    on_event(Phase("loading the model", 1, 1, ""))
+    loaded = load_model(config.model)
+    files = sum(file.stat().st_size for file in loaded.path.glob("model*.safetensors"))
+    held = nbytes(loaded.model.parameters())
+    converted = files if abs(files - held) > held / 100 else 0  # what is read and not kept
     rows = _encoded(splits.train, loaded, config, "", on_event)
     valid = _encoded(splits.valid, loaded, config, "held out: ", on_event) if splits.valid else []
     if len(rows) < config.train.batch_size:
@@ -87,20 +133,7 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
         _check_own_settings(config, adapter)
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
-    everything = [*rows, *valid]
-    steps = _total_steps(config, len(rows))
-    places = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
-    checkpoint = config.train.grad_checkpoint
-    speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
-    budget = (speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9)
-    trunk = TrunkStore(everything, *budget, places) if speed.trunk else None
-    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
-    _fill_trunk(scorer, config.train.batch_size, everything, places, on_event)
-    known = None
-    if needs_reference(config.loss):
-        known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
-    mx.random.seed(config.train.seed)
-    return Stage(config, loaded, adapter, scorer, everything, len(rows), known, kind, steps, difference)
+    return Draft(config, loaded.model, [*rows, *valid], len(rows), kind, converted), loaded, adapter
 
 
 def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:

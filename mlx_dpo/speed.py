@@ -18,7 +18,7 @@ from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.logprobs import LEVERS, Scorer, plain_logps
 from mlx_dpo.trunk import TrunkStore
 
-CUT = (64, 32)
+CUT = (24, 12)
 """Tokens of the prompt and of each answer that the comparison with the plain path reads at most."""
 
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.15, mx.float16: 0.03}

@@ -25,8 +25,10 @@ from mlx_dpo.following import FollowingReference
 from mlx_dpo.interrupt import deferred_interrupt
 from mlx_dpo.logprobs import LEVERS, wanted_stats
 from mlx_dpo.losses import check_loss_config, compute_loss
+from mlx_dpo.machine import own_limits
 from mlx_dpo.metrics import Sums, averages, batch_metrics
 from mlx_dpo.optim import learning_rate, make_optimizer
+from mlx_dpo.plan import in_gb
 from mlx_dpo.prepare import Stage, fingerprint, prepare
 from mlx_dpo.run import RunFolder, open_run
 from mlx_dpo.settings import check_config, to_yaml
@@ -60,7 +62,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     """
     check_config(config)
     check_loss_config(config.loss)
-    with open_run(Path(config.train.output), resume=resume) as run:
+    with open_run(Path(config.train.output), resume=resume) as run, own_limits():
         stage = prepare(config, on_event)
         optimizer = make_optimizer(config.optim)
         optimizer.init(stage.loaded.model.trainable_parameters())
@@ -244,6 +246,7 @@ def _facts(stage: Stage) -> dict[str, str]:
         "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
         "padding": f"{100 * padding_share(stage.rows, stage.batches(0)):.0f} % of the tokens in a batch",
         "speed": _speed_in_words(stage),
+        "memory": _memory_in_words(stage),
         "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
 
@@ -263,6 +266,12 @@ def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
 def _speed_in_words(stage: Stage) -> str:
     on = [name.replace("_", " ") for name in LEVERS if getattr(stage.scorer.speed, name)]
     return f"{', '.join(on)}; off the plain path by {stage.difference:.1g} nats" if on else "plain path"
+
+
+def _memory_in_words(stage: Stage) -> str:
+    plan, train = stage.plan, stage.config.train
+    checkpointing = ", activations computed twice" if train.grad_checkpoint else ""
+    return (f"{in_gb(plan.peak)} foreseen" if plan else "not foreseen") + checkpointing
 
 
 def _reference_in_words(stage: Stage) -> str:

@@ -1,0 +1,94 @@
+"""The memory of this machine, or of a named one, and what MLX is told about it."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_dpo.errors import UsageError
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where Linux says what a container may use."""
+
+SPARE = 500_000_000
+"""Bytes that Python, MLX and a tokenizer take beside the arrays (350 to 450 MB measured)."""
+
+
+class Machine(NamedTuple):
+    """`total` bytes of memory, of which MLX's arrays may take `usable`; `name` for people."""
+
+    total: int
+    usable: int
+    name: str
+
+    def fits(self, arrays: int, beside: int) -> bool:
+        """Whether MLX's arrays and what a run keeps beside them have room."""
+        return arrays <= self.usable and arrays + beside + SPARE <= self.total
+
+
+def this_machine() -> Machine:
+    """What this machine has; on Apple silicon arrays may take what macOS recommends for the GPU."""
+    info = mx.device_info()
+    total = int(info.get("memory_size") or info.get("total_memory") or _physical())
+    if mx.default_device() == mx.cpu:
+        total = min([total, *_container_limits()])
+    usable = int(info.get("max_recommended_working_set_size") or total - SPARE)
+    return Machine(total, usable, "this machine")
+
+
+def apple_machine(memory: str) -> Machine:
+    """A Mac with so much memory (`16GB`), of which arrays may take at least two thirds, above 32 GB three quarters.
+
+    Raises:
+        UsageError: `memory` is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", memory.strip(), re.IGNORECASE)
+    if not found:
+        raise UsageError(f"--memory {memory}: this is no size", "write it like 16GB")
+    total = int(float(found[1]) * UNITS[found[2].upper()])
+    return Machine(total, int(total * (2 / 3 if total <= 32 * UNITS["G"] else 3 / 4)), f"a Mac with {memory}")
+
+
+def limit_memory(limit: int, cache: int) -> None:
+    """Tells MLX to wait for results beyond `limit` bytes, and to keep no more than `cache` bytes of freed memory.
+
+    Freed memory that is kept is used again at once; given back, it has to be had from the system page by page. On Metal
+    what may be resident is raised to what macOS recommends.
+    """
+    from mlx_lm.utils import maybe_set_recommended_wired_limit
+
+    maybe_set_recommended_wired_limit()
+    mx.set_memory_limit(limit)
+    mx.set_cache_limit(cache)
+
+
+@contextmanager
+def own_limits() -> Iterator[None]:
+    """Puts back, at the end, what `limit_memory` told MLX."""
+    cache, memory, wired = mx.set_cache_limit(0), mx.get_memory_limit(), mx.set_wired_limit(0)
+    mx.set_cache_limit(cache)
+    mx.set_wired_limit(wired)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(cache)
+        mx.set_memory_limit(memory)
+        mx.set_wired_limit(wired)
+
+
+def _physical() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _container_limits() -> Iterator[int]:
+    for file in CGROUPS:
+        if file.is_file() and (text := file.read_text().strip()).isdigit():
+            yield int(text)
