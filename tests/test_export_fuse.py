@@ -180,6 +180,34 @@ def test_adapted_layers_kept_finer_keep_the_tuning_and_the_rest_its_bits(
     assert np.abs(mlx_lm_logits(tmp_path / "fused") - expected).max() < 0.3 * away
 
 
+def test_a_base_of_several_bits_keeps_each_layers_own(tmp_path: Path) -> None:
+    from mlx_lm.utils import load_model, quantize_model, save_config, save_model
+
+    base = tiny_model_folder(tmp_path / "base", "llama")
+    finer = {"bits": 8, "group_size": 64}
+    model, config = load_model(base)
+    model, config = quantize_model(
+        model, config, 32, 4, quant_predicate=lambda name, _: finer if "embed" in name or "v_proj" in name else True
+    )
+    save_model(base, model)
+    save_config(config, base / "config.json")
+    adapter = write_adapter(base, tmp_path / "adapter", keys=["self_attn.v_proj", "self_attn.q_proj"])
+    for bits, settings in ((16, {"keep_adapted_bits": 16}), (None, {"quantize_bits": 4})):
+        folder = tmp_path / str(bits)
+        report = fuse(ModelConfig(path=str(base)), adapter, folder, verify=False, **settings)
+        before, after = weights(base), weights(folder)
+        adapted = {layer.name for layer in report.layers}
+        for name, value in before.items():
+            if name.rsplit(".", 1)[0] not in adapted:
+                assert mx.array_equal(value, after[name]), name
+        forms = {layer.name.rsplit(".", 1)[-1]: layer.form for layer in report.layers}
+        assert forms["v_proj"] == ("8-bit affine in groups of 64" if bits is None else "float16")
+        expected = mlx_lm_logits(base, adapter)
+        off = np.abs(mlx_lm_logits(folder) - expected).max()
+        if bits == 16:
+            assert off < 0.1 * np.abs(mlx_lm_logits(base) - expected).max()
+
+
 def test_a_full_precision_base_is_quantized_as_mlx_lm_would(tiny_llama: Path, tmp_path: Path) -> None:
     from mlx_lm.utils import load_model, quantize_model
 

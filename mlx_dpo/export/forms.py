@@ -20,12 +20,16 @@ MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)
 
 
 class Form(NamedTuple):
-    """How a layer's weight is written: its `dtype`, None for the base's own; packed where `bits` is given."""
+    """How a layer's weight is written: its `dtype`, None for the base's own; packed where `bits` is given.
+
+    `own`: layers that the base packs keep its packing, which may differ from layer to layer.
+    """
 
     dtype: mx.Dtype | None = None
     bits: int | None = None
     group_size: int = 64
     mode: str = "affine"
+    own: bool = False
 
     def __str__(self) -> str:
         dtype = "as stored" if self.dtype is None else dtype_name(self.dtype)
@@ -34,14 +38,16 @@ class Form(NamedTuple):
     def of(self, layer: Any) -> Form:
         """The form that `layer` can have: not packed where its rows do not divide into groups."""
         packed = is_packed(layer)
+        dtype = self.dtype or (layer.scales if packed else layer.weight).dtype
+        if self.own and packed:
+            return Form(dtype, *packing(layer))
         width = layer.scales.shape[-1] * layer.group_size if packed else layer.weight.shape[-1]
         packable = (packed or hasattr(layer, "to_quantized")) and width % self.group_size == 0
-        dtype = self.dtype or (layer.scales if packed else layer.weight).dtype
         return self._replace(dtype=dtype, bits=self.bits if packable else None)
 
     def holds(self, layer: Any) -> bool:
         """Whether `layer` is packed in this very form already."""
-        return is_packed(layer) and packing(layer) == (self.bits, self.group_size, self.mode)
+        return is_packed(layer) and (self.own or packing(layer) == (self.bits, self.group_size, self.mode))
 
     def settings(self) -> dict[str, Any]:
         """The packing as config.json and `to_quantized` want it."""
@@ -88,6 +94,7 @@ def choose_forms(
     if chosen == own_mode:
         usual_group, usual_bits = own_group or usual_group, own_bits or usual_bits
     packed = Form(full.dtype, bits or usual_bits, group_size or usual_group, chosen)
+    packed = packed._replace(own=(packed.bits, packed.group_size, packed.mode) == (own_bits, own_group, own_mode))
     fine = Form(full.dtype, 8, packed.group_size if chosen == "affine" else 64)
     try:
         mx.eval([mx.quantize(mx.zeros((1, 512)), form.group_size, form.bits, form.mode) for form in (packed, fine)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from mlx_dpo.config import DataConfig, Dtype, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.export.card import card_along
-from mlx_dpo.export.forms import Form, LayerLoss, choose_forms, dtype_name, measure_loss, total_loss
+from mlx_dpo.export.forms import Form, LayerLoss, choose_forms, dtype_name, measure_loss, packing, total_loss
 from mlx_dpo.export.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
 from mlx_dpo.export.verify import Verified, verify_folder
 from mlx_dpo.model import load, resolve
@@ -181,7 +181,7 @@ def _shortfall(found: Verified) -> str:
 
 def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form) -> dict[str, Any]:
     """Puts every layer into its final form, lazily, and gives the configuration that says so."""
-    fused = {name for name, _ in adapted_layers(model)}
+    forms = {name: adapted.of(base_of(module)) for name, module in adapted_layers(model)}
     was_packed = any(is_packed(module) for _, module in model.named_modules())
     merged = [(name, _opened(base_of(module), merged_weight(module), plain)) for name, module in adapted_layers(model)]
     model.update_modules(tree_unflatten(merged))
@@ -192,8 +192,8 @@ def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form
         _cast(model, plain.dtype)
     if plain.bits is not None:
         # what a quantized base holds in full stays full
-        allowed = fused | {name for name, _ in opened} if was_packed else None
-        _pack(model, plain, adapted, fused, allowed)
+        allowed = forms.keys() | {name for name, _ in opened} if was_packed else None
+        _pack(model, plain, forms, allowed)
     return _settings(model, config, plain)
 
 
@@ -225,19 +225,17 @@ def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
     model.update(tree_map_with_path(cast, model.parameters()))
 
 
-def _pack(
-    model: nn.Module, plain: Form, adapted: Form, fused: Collection[str], allowed: Collection[str] | None
-) -> None:
-    """Quantizes layers in place: those in `fused` to `adapted`, the others as mlx-lm would, of `allowed` ones alone."""
+def _pack(model: nn.Module, plain: Form, forms: Mapping[str, Form], allowed: Collection[str] | None) -> None:
+    """Quantizes layers in place: each in its form of `forms`, the others as mlx-lm would, of `allowed` ones alone."""
     wish = getattr(model, "quant_predicate", None) or (lambda name, layer: True)
 
     def choose(name: str, layer: Any) -> bool | dict[str, Any]:
         if not hasattr(layer, "to_quantized") or (allowed is not None and name not in allowed):
             return False
-        form = (adapted if name in fused else plain).of(layer)
+        form = forms[name] if name in forms else plain.of(layer)
         if form.bits is None:
             return False
-        if name in fused or allowed is not None:
+        if name in forms or allowed is not None:
             return form.settings()
         found = wish(name, layer)
         return form.settings() if found is True else found
@@ -257,9 +255,9 @@ def _settings(model: nn.Module, config: dict[str, Any], plain: Form) -> dict[str
             section[key] = section[key] if plain.dtype is None else dtype_name(plain.dtype)
     if plain.bits is not None:
         other = {
-            name: Form(None, module.bits, module.group_size, module.mode).settings()
+            name: Form(None, *packing(module)).settings()
             for name, module in model.named_modules()
-            if is_packed(module) and not plain.holds(module)
+            if is_packed(module) and packing(module) != (plain.bits, plain.group_size, plain.mode)
         }
         settings["quantization"] = plain.settings() | other
     return settings
