@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -34,8 +34,10 @@ class LoadedModel:
     form: str  # how it is held: source quantization and compute dtype, part of the reference cache's key
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
+def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model, fetched from the Hub when `path` is a repository's name.
+
+    Without `weights` they are not fetched; the folder has them where they were fetched before.
 
     Raises:
         ModelError: no such folder, or the Hub does not have it or does not answer.
@@ -51,8 +53,12 @@ def resolve(path: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    small = [pattern for pattern in FILES if pattern != "*.safetensors"]
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES))
+        if not weights:
+            with suppress(LocalEntryNotFoundError):
+                return Path(snapshot_download(path, revision=revision, allow_patterns=FILES, local_files_only=True))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=FILES if weights else small))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         first = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -61,10 +67,11 @@ def resolve(path: str, revision: str | None = None) -> Path:
         ) from error
 
 
-def load(config: ModelConfig, *, lazy: bool = False) -> LoadedModel:
+def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> LoadedModel:
     """Loads model and tokenizer, without an adapter, frozen and in evaluation mode.
 
-    With `lazy` no weight is read before it is needed; `read_weights` reads them.
+    With `lazy` no weight is read before it is needed; `read_weights` reads them. Without `weights` there need not be
+    any: the model then has the form that config.json says, and its arrays are good for nothing but their shapes.
 
     Quantized weights keep their bits on a GPU. On a CPU, where MLX's quantized and half-precision products are some
     twenty times slower than float32, `compute_dtype: auto` dequantizes them once to float32: the same function.
@@ -77,10 +84,10 @@ def load(config: ModelConfig, *, lazy: bool = False) -> LoadedModel:
 
     if not config.path:
         raise UsageError("no model given", "name a folder or a Hub model with --model")
-    folder = resolve(config.path, config.revision)
-    _check_folder(folder)
+    folder = resolve(config.path, config.revision, weights=weights)
+    _check_folder(folder, weights=weights)
     try:
-        model, settings = load_model(folder, lazy=True, trust_remote_code=config.trust_remote_code)
+        model, settings = load_model(folder, lazy=True, strict=weights, trust_remote_code=config.trust_remote_code)
         wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
     except Exception as error:  # mlx-lm, transformers and model code raise of every kind: all mean an unreadable folder
         said = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
@@ -90,6 +97,8 @@ def load(config: ModelConfig, *, lazy: bool = False) -> LoadedModel:
             else "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
         )
         raise ModelError(f"cannot load the model in {folder}: {said}", hint) from error
+    if not has_weights(folder):
+        _give_form(model, settings)
     form = _quantize_on_load(model, settings, config)
     form += "+" + _set_compute_dtype(model, config)
     model.freeze()
@@ -113,9 +122,14 @@ def is_quantized(model: nn.Module) -> bool:
     return any(hasattr(module, "bits") and "scales" in module for _, module in model.named_modules())
 
 
-def _check_folder(folder: Path) -> None:
+def has_weights(folder: Path) -> bool:
+    """Whether a model's folder holds its weights."""
+    return any(folder.glob("model*.safetensors"))
+
+
+def _check_folder(folder: Path, *, weights: bool) -> None:
     missing = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any(folder.glob("model*.safetensors")):
+    if weights and not has_weights(folder):
         missing.append("weights (model*.safetensors)")
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")):
         missing.append("a tokenizer (tokenizer.json)")
@@ -124,6 +138,22 @@ def _check_folder(folder: Path) -> None:
             f"the model folder {folder} lacks {', '.join(missing)}",
             "give a folder as mlx-lm or Hugging Face writes it; a folder with adapters.safetensors goes to --adapter",
         )
+
+
+def _give_form(model: nn.Module, settings: dict[str, Any]) -> None:
+    """Gives a model without weights the bits and the dtype that its configuration says; bfloat16 if it says nothing."""
+    packed = settings.get("quantization") or {}
+    if "bits" in packed:
+        group = packed["group_size"]
+        nn.quantize(
+            model,
+            group,
+            packed["bits"],
+            mode=packed.get("mode", "affine"),
+            class_predicate=lambda _, layer: hasattr(layer, "to_quantized") and layer.weight.shape[-1] % group == 0,
+        )
+    names = (settings.get(key) for key in ("dtype", "torch_dtype"))
+    model.set_dtype(next((DTYPES[name] for name in names if name in DTYPES), mx.bfloat16))
 
 
 def _quantize_on_load(model: nn.Module, settings: dict[str, Any], config: ModelConfig) -> str:
