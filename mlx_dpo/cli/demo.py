@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 DATA = Path(str(files("mlx_dpo"))) / "demo_data"
 SHOWN = (0, 16, 20, 27)
 """Places of the unseen prompts that are answered before and after."""
-LONGEST_ANSWER = 90
+LONGEST_ANSWER = 60
 MEASURES = {
     "by the answer's log-prob per token": "logps/accuracies_per_token",
     "by the reward, log π - log π_ref": "rewards/accuracies",
