@@ -68,8 +68,7 @@ class Description:
     """A run as graphs.
 
     `batches` are its micro-batches, `largest` the one of most tokens, `longest` the places of the rows that are longest
-    to score, `speed` the levers that the model's code takes, `vocabulary` the width of the logits. `weights`, `adapter`
-    and `optimizer` are the bytes held from the first step on.
+    to score, `speed` the levers that the model's code takes, `vocabulary` the width of the logits.
     """
 
     phases: dict[str, Phase]
@@ -78,10 +77,23 @@ class Description:
     longest: list[int]
     speed: SpeedConfig
     trunk: Kept
+    vocabulary: int
+
+
+class Held(NamedTuple):
+    """What lies in memory from the first step on, bytes."""
+
     weights: int
     adapter: int
     optimizer: int
-    vocabulary: int
+
+
+def held_bytes(draft: Draft) -> Held:
+    """What a run holds all the time."""
+    optimizer = make_optimizer(draft.config.optim)
+    optimizer.init(draft.model.trainable_parameters())
+    adapter = nbytes(draft.model.trainable_parameters())
+    return Held(nbytes(draft.model.parameters()) - adapter, adapter, nbytes(optimizer.state))
 
 
 def describe(draft: Draft) -> Description:
@@ -91,12 +103,8 @@ def describe(draft: Draft) -> Description:
         ValueError, RuntimeError: MLX cannot describe what the model does.
     """
     config, model, rows = draft.config, draft.model, draft.rows
-    adapter = nbytes(model.trainable_parameters())
-    weights = nbytes(model.parameters()) - adapter
-    optimizer = make_optimizer(config.optim)
-    optimizer.init(model.trainable_parameters())
-    held = weights + adapter + nbytes(optimizer.state)
-
+    weights, adapter, state = held_bytes(draft)
+    held = weights + adapter + state
     batches = visited_batches(config, rows[: draft.train_rows])
     heaviest = [make_batch([rows[i] for i in places], places) for places in _heaviest(rows, batches)]
     places = sorted({i for batch in batches for i in batch} | set(range(draft.train_rows, len(rows))))
@@ -118,15 +126,14 @@ def describe(draft: Draft) -> Description:
                 raise
     for batch in heaviest[1:]:
         phases["a step with more attention"] = step(speed, trunk, batch)
-    phases["the update"] = _update(model, optimizer, weights)
+    phases["the update"] = _update(draft, weights)
     another = weights if config.loss.reference not in ("base", "start", "none") else 0  # as large as this one, say
     phases["log-probs"] = Phase(held + another, _scoring(model, speed, make_batch([rows[i] for i in longest], longest)))
     phases["check of the levers"] = Phase(
         weights + adapter, _plain_gradient(model, make_batch(two_short(rows), [0, 1]))
     )
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    state = nbytes(optimizer.state)
-    return Description(phases, batches, heaviest[0], longest, speed, trunk, weights, adapter, state, vocabulary)
+    return Description(phases, batches, heaviest[0], longest, speed, trunk, vocabulary)
 
 
 def visited_batches(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[list[int]]:
@@ -305,8 +312,10 @@ def _plain_gradient(model: nn.Module, batch: Batch) -> Graph:
     return _trace_model(model, step)[0]
 
 
-def _update(model: nn.Module, optimizer: optimizers.Optimizer, weights: int) -> Phase:
+def _update(draft: Draft, weights: int) -> Phase:
     """The optimizer's update: adapter and state are replaced, gradients held."""
+    model, optimizer = draft.model, make_optimizer(draft.config.optim)
+    optimizer.init(model.trainable_parameters())
     parameters, state = flat(model.trainable_parameters()), flat(optimizer.state)
     names = [*parameters, *state]
 
@@ -319,5 +328,4 @@ def _update(model: nn.Module, optimizer: optimizers.Optimizer, weights: int) -> 
 
     with _undone(model):
         graph = trace(update, [*parameters.values(), *state.values(), *parameters.values()])
-    optimizer.state = tree_unflatten(list(state.items()))
     return Phase(weights + nbytes(parameters), graph, graph.inputs[: len(names)])

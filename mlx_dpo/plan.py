@@ -16,8 +16,8 @@ from mlx_dpo.graph import Unknown
 from mlx_dpo.lora import LEAVES
 from mlx_dpo.losses import row_separable
 from mlx_dpo.machine import SPARE, Machine
-from mlx_dpo.memory import RUN_AHEAD, peak_memory
-from mlx_dpo.phases import Description, Draft, Extent, describe, extent, part_of
+from mlx_dpo.memory import RUN_AHEAD, Peak, RunAhead, peak_memory
+from mlx_dpo.phases import Description, Draft, Extent, Phase, describe, extent, held_bytes, part_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Plan:
     limit: int
     beside: int
     on_disk: int
-    largest: Extent
+    largest: Extent | None
     notes: list[str]
 
     def fits(self, machine: Machine) -> bool:
@@ -45,44 +45,49 @@ class Plan:
         return machine.fits(self.least, self.beside)
 
 
-def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description]:
+def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     """What the run of `draft` will need on `machine`, and the graphs that say so.
 
-    Raises:
-        ValueError, RuntimeError: MLX cannot describe what the model does.
+    Where MLX cannot describe what the model does there are none, and the plan counts what is held all the time alone.
     """
-    found = describe(draft)
+    held = held_bytes(draft)
+    loading = held.weights + held.adapter + draft.stored
+    try:
+        found = describe(draft)
+    except Unknown as error:
+        note = f"activations are not counted, since MLX cannot describe what this model does ({error})"
+        least = max(sum(held), loading)
+        return Plan(least, held._asdict(), {"loading": loading}, least, machine.usable, 0, 0, None, [note]), None
+
     on_gpu = mx.default_device() == mx.gpu
     ahead = RUN_AHEAD["gpu" if on_gpu else "cpu"]
-    peaks = {
-        name: phase.held + peak_memory(phase.graph, ahead, limit=0, consumed=phase.given_up).nbytes
-        for name, phase in found.phases.items()
-    }
-    loading = found.weights + found.adapter + draft.stored
-    least = max(*peaks.values(), loading)
+    waiting = {name: phase.held + _peak(phase, ahead, 0).nbytes for name, phase in found.phases.items()}
+    least = max(*waiting.values(), loading)
     limit = machine.usable if on_gpu else least  # on a CPU running ahead gains nothing
-    evaluated = {
-        name: peak_memory(phase.graph, ahead, limit=limit - phase.held, consumed=phase.given_up)
-        for name, phase in found.phases.items()
-    }
-    phases = {name: found.phases[name].held + evaluated[name].nbytes for name in evaluated} | {"loading": loading}
+    evaluated = {name: _peak(phase, ahead, limit) for name, phase in found.phases.items()}
+    phases = {name: found.phases[name].held + peak.nbytes for name, peak in evaluated.items()} | {"loading": loading}
     highest = max(phases, key=lambda name: phases[name])
-    parts = {"weights": found.weights, "adapter": found.adapter, "optimizer": found.optimizer}
     largest = extent([draft.rows[i] for i in found.largest.index])
+    parts = held._asdict()
     for array in evaluated[highest].live if highest in evaluated else ():
         part = part_of(array.shape, largest, found.vocabulary)
         parts[part] = parts.get(part, 0) + array.nbytes
-    parts["other"] = phases[highest] - sum(parts.values())
+    if rest := phases[highest] - sum(parts.values()):
+        parts["other"] = rest
     kept = {where: found.trunk.nbytes if found.trunk.where == where else 0 for where in ("memory", "disk")}
     notes = _notes(draft, found)
     return Plan(phases[highest], parts, phases, least, limit, kept["memory"], kept["disk"], largest, notes), found
+
+
+def _peak(phase: Phase, ahead: RunAhead, limit: float) -> Peak:
+    return peak_memory(phase.graph, ahead, limit=limit - phase.held, consumed=phase.given_up)
 
 
 def _notes(draft: Draft, found: Description) -> list[str]:
     """What of the settings the model's code does not take."""
     off = [field.name for field in fields(found.speed) if getattr(found.speed, field.name) is False]
     off = [name for name in off if getattr(draft.config.speed, name)]
-    return [f"without speed.{name}, which this model's code does not take" for name in off]
+    return [f"memory is counted without speed.{name}, which this model's code does not take" for name in off]
 
 
 def alternatives(config: RunConfig) -> Iterator[RunConfig]:
@@ -115,36 +120,27 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
             yield replace(least, data=replace(least.data, max_length=length))
 
 
-def settle_memory(draft: Draft, machine: Machine, on_event: OnEvent = ignore) -> tuple[Draft, Plan | None]:
+def settle_memory(draft: Draft, machine: Machine, on_event: OnEvent = ignore) -> tuple[Draft, Plan]:
     """The run as it is to be on `machine`: as asked or, with `train.auto`, with the same mathematics in less memory.
-
-    There is no plan where MLX cannot describe what the model does; a warning says so.
 
     Raises:
         RunError: it does not fit.
     """
     config = draft.config
-    try:
-        if config.train.auto and (found := fit(draft, machine, [config, *alternatives(config)])):
-            chosen, plan = found
-            settled = replace(
-                chosen.config, train=replace(chosen.config.train, auto=False)
-            )  # what goes on must not ask
-            return replace(chosen, config=settled), plan
+    if config.train.auto and (found := fit(draft, machine, [config, *alternatives(config)])):
+        chosen, plan = found
+        settled = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
+        draft = replace(chosen, config=replace(chosen.config, train=settled))
+    else:
         plan, _ = foresee(draft, machine)
         refuse(draft, plan, machine)
-        return draft, plan
-    except Unknown as error:
-        on_event(Warned(f"what this run needs in memory cannot be foreseen: {error}"))
-        return draft, None
+    for note in plan.notes:
+        on_event(Warned(note))
+    return draft, plan
 
 
 def fit(draft: Draft, machine: Machine, configs: Iterable[RunConfig]) -> tuple[Draft, Plan] | None:
-    """The run with the first of `configs` that fits `machine`; None where none does.
-
-    Raises:
-        ValueError, RuntimeError: MLX cannot describe what the model does.
-    """
+    """The run with the first of `configs` that fits `machine`; None where none does."""
     for config in configs:
         changed = _changed(draft, config)
         with _adapted(changed):
@@ -179,7 +175,7 @@ def refuse(draft: Draft, plan: Plan, machine: Machine) -> None:
 def remedy(draft: Draft, machine: Machine) -> str:
     """What to change so that a run fits: with the same mathematics if that can be, else what comes nearest."""
     config = draft.config
-    if found := fit(draft, machine, alternatives(config)):
+    if found := fit(draft, machine, [config, *alternatives(config)]):
         changed, plan = found
         return f"{said(changed.config, config)} needs {in_gb(plan.least)} and computes the same; --auto chooses that"
     if found := fit(draft, machine, lesser(config)):

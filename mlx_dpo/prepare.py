@@ -25,12 +25,13 @@ from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
-from mlx_dpo.machine import limit_memory, this_machine
+from mlx_dpo.machine import Machine, limit_memory, this_machine
 from mlx_dpo.model import LoadedModel, load, read_weights
 from mlx_dpo.phases import Draft, nbytes
-from mlx_dpo.plan import Plan, settle_memory
+from mlx_dpo.plan import Plan, alternatives, fit, foresee, remedy, said, settle_memory
 from mlx_dpo.records import Record
 from mlx_dpo.speed import settle
+from mlx_dpo.timing import Timing, estimate
 from mlx_dpo.trunk import TrunkStore
 
 
@@ -48,7 +49,7 @@ class Stage:
     kind: Kind
     total_steps: int
     difference: float  # of a token's log-prob between the speed levers and the plain path, nats
-    plan: Plan | None = None  # of its memory; None where MLX cannot describe what the model does
+    plan: Plan | None = None  # of its memory
 
     _epoch: int = -1
     _batches: list[list[int]] = field(default_factory=list)
@@ -95,11 +96,32 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     return Stage(config, loaded, adapter, scorer, everything, len(rows), known, draft.kind, steps, difference, plan)
 
 
-def _settle_memory(draft: Draft, on_event: OnEvent) -> tuple[Draft, Plan | None]:
+def _settle_memory(draft: Draft, on_event: OnEvent) -> tuple[Draft, Plan]:
     draft, plan = settle_memory(draft, this_machine(), on_event)
-    if plan:
-        limit_memory(plan.limit, plan.peak - plan.parts["weights"])
+    limit_memory(plan.limit, plan.peak - plan.parts["weights"])
     return draft, plan
+
+
+def plan_run(
+    config: RunConfig, machine: Machine | None = None, *, on_event: OnEvent = ignore
+) -> tuple[Plan, Timing | None, str]:
+    """What a run will need in memory and time, before anything is loaded, and what to change where it does not fit.
+
+    Only config.json and the tokenizer are read, and the rows. Memory is that of this machine or of a named one; seconds
+    are this machine's, measured for about a second, and None where the model's code cannot be described. With
+    `train.auto` all is said of the settings that fit.
+
+    Raises:
+        MlxDpoError: the data, the model or the settings cannot be used.
+    """
+    machine = machine or this_machine()
+    draft, _, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
+    if config.train.auto and (chosen := fit(draft, machine, [config, *alternatives(config)])):
+        draft = chosen[0]
+    plan, found = foresee(draft, machine)
+    timing = estimate(draft, found) if found else None
+    change = said(draft.config, config) if plan.fits(machine) else remedy(draft, machine)
+    return plan, timing, change
 
 
 def begin(

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_dpo import __version__
-from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, score, sft, train
+from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, plan, score, sft, train
 from mlx_dpo.cli.console import show_error
 from mlx_dpo.errors import MlxDpoError
 
@@ -39,6 +39,7 @@ Results go to standard output, everything else to standard error.
 VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "check": check.check,
+    "plan": plan.plan,
     "sft": sft.sft,
     "train": train.train,
     "eval": eval.evaluate,

@@ -1,0 +1,96 @@
+"""`mlx-dpo plan`: what a run will need, before it is begun."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mlx_dpo.cli.console import show_warning, stderr, stdout
+from mlx_dpo.cli.flags import Asked, with_settings
+from mlx_dpo.cli.options import Json, require
+from mlx_dpo.settings import resolve
+
+if TYPE_CHECKING:
+    from mlx_dpo.machine import Machine
+    from mlx_dpo.plan import Plan
+    from mlx_dpo.timing import Timing
+
+Memory = Annotated[
+    str | None, typer.Option("--memory", metavar="SIZE", help="Of another machine, a Mac with so much, e.g. 16GB.")
+]
+
+
+@with_settings("model", "data", "lora", "loss", "optim", "train")
+def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
+    """Foresee the memory and the time of a run.
+
+    \b
+    [bold]Examples[/bold]
+      mlx-dpo plan --model MODEL --data pairs.jsonl
+      mlx-dpo plan --config run.yaml --memory 16GB
+      mlx-dpo plan --model MODEL --data pairs.jsonl --auto --json
+
+    No weight is read: a model on the Hub is not even fetched. If the run does not
+    fit, it says with what settings it does, and the exit status is 1.
+    """
+    config = resolve(*asked)
+    require(config, "--model", "--data")
+
+    from mlx_dpo.cli.progress import show_progress
+    from mlx_dpo.machine import apple_machine, this_machine
+    from mlx_dpo.prepare import plan_run
+
+    machine = apple_machine(memory) if memory else this_machine()
+    with show_progress(quiet=True) as on_event:
+        found, timing, change = plan_run(config, machine, on_event=on_event)
+    fits = found.fits(machine)
+    if as_json:
+        said = {"machine": machine._asdict(), "fits": fits, "change": change}
+        print(json.dumps(said | asdict(found) | {"timing": asdict(timing) if timing else None}, ensure_ascii=False))
+    else:
+        _show(found, timing, machine)
+        for note in found.notes:
+            show_warning(stderr(), note)
+        if not fits:
+            print(f"it does not fit: {change}")
+        elif change:
+            print(f"with {change}")
+    if not fits:
+        raise typer.Exit(1)
+
+
+def _show(found: Plan, timing: Timing | None, machine: Machine) -> None:
+    from rich.table import Table
+
+    from mlx_dpo.plan import in_gb
+
+    highest = max(found.phases, key=lambda name: found.phases[name])
+    size = found.largest
+    tokens = f"{size.rows} × ({size.prompt} + {size.answers} × {size.completion}) tokens" if size else ""
+    lines: list[tuple[str, str, str]] = [(name, in_gb(nbytes), "") for name, nbytes in found.parts.items()]
+    lines.append(("memory", in_gb(found.peak), f"in {highest}"))
+    lines.append(("at least", in_gb(found.least), f"of {in_gb(machine.usable)} that {machine.name} has for arrays"))
+    lines += [("frozen blocks", in_gb(found.beside), "kept beside, in memory")] if found.beside else []
+    lines += [("frozen blocks", in_gb(found.on_disk), "kept on disk")] if found.on_disk else []
+    lines += [(f"in {name}", in_gb(nbytes), "") for name, nbytes in found.phases.items() if name != highest]
+    lines += [("largest micro-batch", tokens, "")] if tokens else []
+    if timing:
+        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timing.parts.items())
+        lines.append(("a micro-batch", f"{sum(timing.parts.values()):.2f} s", f"here; {parts}"))
+        lines += [(name, _duration(seconds), "here") for name, seconds in timing.phases.items()]
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column()
+    for line in lines:
+        table.add_row(*line, style="bold" if line[0] == "memory" else "")
+    stdout().print(table)
+
+
+def _duration(seconds: float) -> str:
+    """Seconds in the unit that people would take."""
+    unit, name = next(((n, word) for n, word in ((3600, "h"), (60, "min")) if seconds >= 2 * n), (1, "s"))
+    return f"{seconds / unit:.1f} {name}"
