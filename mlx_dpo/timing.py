@@ -15,7 +15,12 @@ from mlx_dpo.memory import RESHAPES, VIEWS
 from mlx_dpo.phases import Description, Draft, Extent, extent, part_of
 
 PRODUCTS = ("Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM")
-"""Operations that multiply matrices; all others are taken to be as fast as memory."""
+"""Operations that multiply matrices."""
+
+_EXPONENTIALS = "Cos Erf Exp Expm1 Log Log1p LogAddExp LogSumExp Power Sigmoid Sin Softmax Tanh"
+
+EXPONENTIALS = frozenset(_EXPONENTIALS.split())
+"""Operations that take about as long as an exponential; all others are taken to be as fast as memory."""
 
 PARTS = {"head": "head", "attention scores": "attention", "queries, keys, values": "attention", "activations": "layers"}
 """A product's part by what its arrays are for."""
@@ -29,11 +34,12 @@ Factors = tuple[tuple[int, ...], tuple[int, ...], int]
 
 @dataclass
 class Work:
-    """What a graph computes: floating-point operations in products by part, bytes through all other operations, and the
-    largest product of each part.
+    """What a graph computes: `flops` in products by part, numbers through `exponentials`, bytes through all other
+    operations, and the largest product of each part.
     """
 
     flops: dict[str, float] = field(default_factory=dict)
+    exponentials: float = 0.0
     nbytes: float = 0.0
     products: dict[str, Factors] = field(default_factory=dict)
 
@@ -42,7 +48,7 @@ class Work:
 class Timing:
     """Seconds of a run by `phases`, and of its mean micro-batch by `parts`.
 
-    `speeds` are what was measured: operations a second in each part's products, bytes a second in all else.
+    `speeds` are what was measured, a second: operations in each part's products, `exponentials`, `memory` in bytes.
     """
 
     phases: dict[str, float]
@@ -65,6 +71,8 @@ def count(graph: Graph, size: Extent, vocabulary: int) -> Work:
             work.flops[part] = work.flops.get(part, 0.0) + flops
             if flops > largest.get(part, 0.0):
                 largest[part], work.products[part] = flops, factors
+        elif op.name in EXPONENTIALS:
+            work.exponentials += prod(arrays[0].shape)
         elif op.name not in VIEWS and op.name not in RESHAPES:
             work.nbytes += sum(graph.arrays[i].nbytes for i in (*op.inputs, *op.outputs) if i not in spread)
     return work
@@ -84,7 +92,8 @@ def estimate(draft: Draft, found: Description) -> Timing:
         "head": sum(scored) / len(scored) / max(float(found.largest.mask.sum()), 1.0),
     }
     parts = {part: flops * share[part] / speeds[part] for part, flops in work.flops.items()}
-    parts["all else"] = work.nbytes * share["layers"] / speeds["all else"]
+    parts["exponentials"] = work.exponentials * share["layers"] / speeds["exponentials"]
+    parts["memory"] = work.nbytes * share["layers"] / speeds["memory"]
 
     train = config.train
     micro = len(found.batches)
@@ -93,7 +102,8 @@ def estimate(draft: Draft, found: Description) -> Timing:
     longest = [rows[i] for i in found.longest]
     scoring = count(found.phases["log-probs"].graph, extent(longest), found.vocabulary)
     forward = sum(flops / speeds.get(part, speeds["layers"]) for part, flops in scoring.flops.items())
-    forward = (forward + scoring.nbytes / speeds["all else"]) / extent(longest).tokens  # seconds a token
+    forward += scoring.exponentials / speeds["exponentials"] + scoring.nbytes / speeds["memory"]
+    forward /= extent(longest).tokens  # seconds a token
     held_out = sum(extent([row]).tokens for row in rows[draft.train_rows :])
     trained = sum(extent([rows[i]]).tokens for i in {i for batch in found.batches for i in batch})
     steps = micro / train.grad_accumulation_steps
@@ -107,7 +117,7 @@ def estimate(draft: Draft, found: Description) -> Timing:
 
 
 def measure(products: dict[str, Factors]) -> dict[str, float]:
-    """Operations a second of products of these shapes, and under `all else` bytes a second of other operations."""
+    """Operations a second of products of these shapes, of exponentials, and bytes a second of what is neither."""
     speeds = {}
     for part, (left, right, size) in products.items():
         dtype = mx.float32 if size == 4 else mx.bfloat16
@@ -115,10 +125,11 @@ def measure(products: dict[str, Factors]) -> dict[str, float]:
         b = mx.random.normal((*right[:-1], min(right[-1], WIDEST)), dtype, key=mx.random.key(1))
         mx.eval(a, b)
         speeds[part] = 2.0 * prod((a @ b).shape) * left[-1] / _fastest(partial(mx.matmul, a, b))
-    x = mx.random.normal((2048, 2048), key=mx.random.key(2))
+    x = mx.random.normal((4096, 1024), key=mx.random.key(2))
     mx.eval(x)
-    chain = _fastest(lambda: mx.exp(x) * x + mx.contiguous(x.T))  # four operations, ten arrays read or written
-    return speeds | {"all else": 10 * x.nbytes / chain}
+    speeds["exponentials"] = x.size / _fastest(lambda: mx.exp(x))
+    speeds["memory"] = 3 * x.nbytes / _fastest(lambda: x * x[::-1])
+    return speeds
 
 
 def _fastest(compute: Callable[[], mx.array]) -> float:
