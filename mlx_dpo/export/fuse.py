@@ -28,8 +28,8 @@ from mlx_dpo.run import written_whole
 WARN_ABOVE = 2.0
 """How large rounding's error may be beside the adapter's own change before a warning says so.
 
-The error spreads over directions that no input takes, the change does not. Measured on SmolLM2-135M, tuned for 68 steps:
-errors of 1.7 (8 bits), 4.1 (6 bits) and 26 (4 bits) moved log-probs by 5, 18 and 37 % of what the adapter itself does.
+The error spreads over directions that no input takes, the change does not. Measured on SmolLM2-135M, tuned for 68
+steps: errors of 1.7 (8 bits), 4.1 (6 bits) and 26 (4 bits) moved log-probs by 5, 18 and 37 % of what the adapter does.
 """
 
 CARRIED = (
