@@ -47,8 +47,7 @@ def main() -> None:
         results["machine"] = describe()
         for part in settings.parts:
             PARTS[part](settings, results)
-            settings.out.mkdir(parents=True, exist_ok=True)
-            (settings.out / "results.json").write_text(json.dumps(results))
+            _keep(settings, results)
     except MlxDpoError as error:
         sys.exit(f"{error.message}\n{error.remedy}")
 
@@ -84,6 +83,7 @@ def measure_steps(settings: Settings, results: dict[str, Any]) -> None:
         kept |= {"rounds": settings.rounds, "steps": settings.steps}
         results.setdefault("steps", {})[name] = section
         results.setdefault("settings", {})[name] = kept
+        _keep(settings, results)
         _say(page.steps_section(name, section, kept) + "\n")
 
 
@@ -113,8 +113,6 @@ def measure_growth(settings: Settings, results: dict[str, Any]) -> None:
                 points.append(point | found)
                 _say(f"  {point | found}")
     results["growth"] = points
-    settings.out.mkdir(parents=True, exist_ok=True)
-    figure.draw(points, settings.out / "growth.svg")
     _say(page.growth_section(points) + "\n")
 
 
@@ -130,8 +128,10 @@ def measure_vocabulary(settings: Settings, results: dict[str, Any]) -> None:
 
 
 def write_page(settings: Settings, results: dict[str, Any]) -> None:
-    """Puts what was measured, now and before, into the page."""
+    """Puts what was measured, now and before, into the page, and the figure beside it."""
     page.write_page(settings.page, results)
+    if "growth" in results:
+        figure.draw(results["growth"], settings.page.with_name(page.FIGURE))
 
 
 PARTS: dict[str, Callable[[Settings, dict[str, Any]], None]] = {
@@ -204,6 +204,11 @@ def _read(out: Path) -> dict[str, Any]:
     return found
 
 
+def _keep(settings: Settings, results: dict[str, Any]) -> None:
+    settings.out.mkdir(parents=True, exist_ok=True)
+    (settings.out / "results.json").write_text(json.dumps(results))
+
+
 def _say(text: str) -> None:
     print(text, flush=True)
 
@@ -231,7 +236,7 @@ def _arguments() -> Settings:
     add("--adapters", type=_names, default=list(ADAPTERS), help=f"some of {', '.join(ADAPTERS)}")
     add("--ours", type=_names, default=list(OURS), help=f"some of: {', '.join(OURS)}")
     add("--peers", type=_names, default=list(contenders.DEFAULT_PEERS), help=f"some of: {', '.join(PEERS)}")
-    add("--peers-python", type=Path, help="interpreter of the environment in which the peers are installed")
+    add("--peers-python", type=Path, help="interpreter of the environment that has them; by default this one")
     add("--install-peers", type=Path, metavar="FOLDER", help="only make that environment there")
     add("--steps", type=int, default=8, help="batches a pass (default 8)")
     add("--warmup", type=int, default=2, help="first steps of a pass that do not count (default 2)")

@@ -22,7 +22,6 @@ class Contender:
     ours: bool = False
     prefers: bool = True  # it trains on preferences; mlx-lm's supervised step only stands beside them
     mlx: bool = True
-    module: str = "mlx_lm"  # what must be importable where it runs
     packages: tuple[str, ...] = ()  # what pip installs for it
     packages_alone: tuple[str, ...] = ()  # and without their dependencies
 
@@ -39,21 +38,14 @@ OURS: dict[str, Contender] = {
 
 PEERS: dict[str, Contender] = {
     "mlx-lm-sft": Contender(worker="mlx_lm_sft", prefers=False),
-    "mlx-lm-lora": Contender(
-        worker="mlx_lm_lora", module="mlx_lm_lora", packages=("mlx-lm==0.32.2", "mlx-lm-lora==5.10.2")
-    ),
-    "soup": Contender(
-        worker="soup", module="soup_cli.trainer.mlx_dpo", packages=("datasets",), packages_alone=("soup-cli==0.77.0",)
-    ),
+    "mlx-lm-lora": Contender(worker="mlx_lm_lora", packages=("mlx-lm==0.32.2", "mlx-lm-lora==5.10.2")),
+    "soup": Contender(worker="soup", packages=("datasets",), packages_alone=("soup-cli==0.77.0",)),
     "mlx-tune": Contender(
         worker="mlx_tune",
-        module="mlx_tune.rl_trainers",
         packages=("datasets", "Pillow", "requests"),
         packages_alone=("mlx-tune==0.6.0", "mlx-embeddings==0.1.0", "mlx-vlm==0.7.10"),
     ),
-    "trl": Contender(
-        worker="trl", mlx=False, module="trl", packages=("torch", "trl==1.16.0", "peft==0.21.2", "datasets")
-    ),
+    "trl": Contender(worker="trl", mlx=False, packages=("torch", "trl==1.16.0", "peft==0.21.2", "datasets")),
 }
 """Other trainers by name. Their dependencies disagree with each other's, hence the packages installed alone."""
 

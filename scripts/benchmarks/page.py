@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.machine import in_words
 
 BEGIN, END = "<!-- figures: written by ./scripts/bench -->", "<!-- end of figures -->"
+FIGURE = "benchmarks-growth.svg"
 Result = dict[str, Any]
 
 
@@ -105,7 +106,8 @@ def growth_section(points: Sequence[Mapping[str, Any]]) -> str:
         ]
         for point in points
     ]
-    return "### Growth: one pair by its lengths\n\n" + table(columns, rows)
+    picture = f"![Seconds and memory of a step by the lengths of a pair]({FIGURE})"
+    return "\n\n".join(["### Growth: one pair by its lengths", picture, table(columns, rows)])
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -28,6 +28,7 @@ def run_worker(worker: str, spec: Mapping[str, Any], python: str, log: Path, *, 
         folder = Path(spec.get("folder", temporary))
         (folder / "spec.json").write_text(json.dumps({"folder": str(folder)} | dict(spec)))
         out = folder / f"{worker}.json"
+        out.unlink(missing_ok=True)  # of an earlier worker in the same folder
         environment = os.environ | {
             "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "scripts", ROOT))),
             "MLX_DPO_CACHE": str(folder / "cache"),
