@@ -21,6 +21,7 @@ from mlx_dpo.config import RunConfig
 from mlx_dpo.errors import RunError
 from mlx_dpo.evaluate import evaluate_rows, labels
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
+from mlx_dpo.export.card import write_card
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.interrupt import deferred_interrupt
 from mlx_dpo.logprobs import LEVERS, wanted_stats
@@ -310,6 +311,7 @@ def _warn_of_drift(progress: Progress, found: dict[str, float], on_event: OnEven
 
 
 def _write_final(stage: Stage, run: RunFolder, progress: Progress) -> None:
-    """The adapter of the last step, unless the best evaluation's is kept."""
+    """The adapter of the last step, unless the best evaluation's is kept; and the run's model card."""
     if not (stage.config.train.keep_best and progress.best):
         write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
+    write_card(run.path)
