@@ -77,7 +77,24 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         for record in records
         if record["type"] == "primitive"
     ]
-    return Graph(ops, described, inputs, [number(found) for found in by_type["outputs"]["outputs"]])
+    results = [number(found) for found in by_type["outputs"]["outputs"]]
+    return _each_its_own(Graph(ops, described, inputs, results))
+
+
+def _each_its_own(graph: Graph) -> Graph:
+    """Zeros and ranges made for each reader: the export merges equal ones, which an evaluation does not."""
+    made = {op.outputs[0]: op for op in graph.ops if op.name in ("Full", "Arange")}
+    arrays, ops, taken = list(graph.arrays), [], set(graph.results)
+    for op in graph.ops:
+        inputs = list(op.inputs)
+        for place, array in enumerate(inputs):
+            if array in made and array in taken:
+                inputs[place] = len(arrays)
+                arrays.append(arrays[array])
+                ops.append(made[array]._replace(outputs=(inputs[place],)))
+            taken.add(array)
+        ops.append(op._replace(inputs=tuple(inputs)))
+    return Graph(ops, arrays, graph.inputs, graph.results)
 
 
 def marked_twice(marks: Iterator[mx.array]) -> Twice:

@@ -40,8 +40,8 @@ Transpose View"""
 
 _OVERWRITE = """Abs Add ArcCos ArcCosh ArcSin ArcSinh ArcTan ArcTan2 ArcTanh AsType BitwiseBinary Ceil Cos Cosh Divide
 Equal Erf ErfInv Exp Expm1 Floor Greater GreaterEqual LayerNorm Less LessEqual Log Log1p LogAddExp LogicalAnd LogicalNot
-LogicalOr Maximum Minimum Multiply Negative NotEqual Power RMSNorm Remainder RoPE Round Rsqrt Scatter ScatterAxis Select
-Sigmoid Sign Sin Sinh SliceUpdate Softmax Sqrt Square Subtract Tan Tanh"""
+LogicalOr Maximum Minimum Multiply Negative NotEqual Power RMSNorm Remainder RoPE Round Rsqrt Scan Scatter ScatterAxis
+Select Sigmoid Sign Sin Sinh SliceUpdate Softmax Sqrt Square Subtract Tan Tanh"""
 
 VIEWS = frozenset(_VIEWS.split())
 """Operations whose outputs lie in the memory of their inputs."""

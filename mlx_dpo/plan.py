@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
 
-from mlx_dpo.config import RunConfig
+from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.encode import truncate
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
@@ -27,7 +27,8 @@ class Plan:
     `peak`: of MLX's arrays at the highest moment, and `parts` what that is for; `phases`: the peak of each phase by
     itself. `least`: the same where MLX waits for results rather than run ahead; with less the run cannot be. `limit`:
     from where on MLX is to wait. `beside`: what is kept in memory outside MLX, the frozen blocks' output; `on_disk`:
-    the same where it goes to a file. `largest`: what the largest micro-batch is padded to. `notes`: what is assumed.
+    the same where it goes to a file. `largest`: what the largest micro-batch is padded to. `speed`: the levers that
+    the model's code takes. `notes`: what is not counted.
     """
 
     peak: int
@@ -38,6 +39,7 @@ class Plan:
     beside: int
     on_disk: int
     largest: Extent | None
+    speed: SpeedConfig
     notes: list[str]
 
     def fits(self, machine: Machine) -> bool:
@@ -48,22 +50,24 @@ class Plan:
 def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     """What the run of `draft` will need on `machine`, and the graphs that say so.
 
-    Where MLX cannot describe what the model does there are none, and the plan counts what is held all the time alone.
+    Where MLX cannot describe what the model does, the gradients of experts' adapters are left out, or else there are no
+    graphs and the plan counts what is held all the time alone; a note says so.
     """
     held = held_bytes(draft)
     loading = held.weights + held.adapter + draft.stored
+    notes: list[str] = []
     try:
-        found = describe(draft)
+        found = _describe(draft, notes)
     except Unknown as error:
-        note = f"activations are not counted, since MLX cannot describe what this model does ({error})"
-        least = max(sum(held), loading)
-        return Plan(least, held._asdict(), {"loading": loading}, least, machine.usable, 0, 0, None, [note]), None
+        notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
+        least, speed = max(sum(held), loading), draft.config.speed
+        return Plan(least, held._asdict(), {"loading": loading}, least, machine.usable, 0, 0, None, speed, notes), None
 
     on_gpu = mx.default_device() == mx.gpu
     ahead = RUN_AHEAD["gpu" if on_gpu else "cpu"]
     waiting = {name: phase.held + _peak(phase, ahead, 0).nbytes for name, phase in found.phases.items()}
     least = max(*waiting.values(), loading)
-    limit = machine.usable if on_gpu else least  # on a CPU running ahead gains nothing
+    limit = machine.usable if on_gpu or notes else least  # on a CPU running ahead gains nothing
     evaluated = {name: _peak(phase, ahead, limit) for name, phase in found.phases.items()}
     phases = {name: found.phases[name].held + peak.nbytes for name, peak in evaluated.items()} | {"loading": loading}
     highest = max(phases, key=lambda name: phases[name])
@@ -75,19 +79,31 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     if rest := phases[highest] - sum(parts.values()):
         parts["other"] = rest
     kept = {where: found.trunk.nbytes if found.trunk.where == where else 0 for where in ("memory", "disk")}
-    notes = _notes(draft, found)
-    return Plan(phases[highest], parts, phases, least, limit, kept["memory"], kept["disk"], largest, notes), found
+    beside, on_disk = kept.values()
+    return Plan(phases[highest], parts, phases, least, limit, beside, on_disk, largest, found.speed, notes), found
+
+
+def _describe(draft: Draft, notes: list[str]) -> Description:
+    """The graphs, if it must be without the gradients of experts' adapters, which MLX 0.32 cannot describe."""
+    experts = [m for _, m in draft.model.named_modules() if "lora_a" in m and m["lora_a"].ndim == 3]
+    try:
+        return describe(draft)
+    except Unknown:
+        if not experts:
+            raise
+    for module in experts:
+        module.freeze(keys=list(LEAVES), recurse=False)
+    try:
+        found = describe(draft)
+    finally:
+        for module in experts:
+            module.unfreeze(keys=list(LEAVES), recurse=False, strict=False)
+    notes.append("what the gradients of the experts' adapters take is not counted")
+    return found
 
 
 def _peak(phase: Phase, ahead: RunAhead, limit: float) -> Peak:
     return peak_memory(phase.graph, ahead, limit=limit - phase.held, consumed=phase.given_up)
-
-
-def _notes(draft: Draft, found: Description) -> list[str]:
-    """What of the settings the model's code does not take."""
-    off = [field.name for field in fields(found.speed) if getattr(found.speed, field.name) is False]
-    off = [name for name in off if getattr(draft.config.speed, name)]
-    return [f"memory is counted without speed.{name}, which this model's code does not take" for name in off]
 
 
 def alternatives(config: RunConfig) -> Iterator[RunConfig]:

@@ -83,7 +83,7 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     places = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
     checkpoint = config.train.grad_checkpoint
     speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
-    if speed != config.speed:
+    if speed != plan.speed:
         _, plan = _settle_memory(replace(draft, config=replace(config, speed=speed)), on_event)
     budget = (speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9)
     trunk = TrunkStore(everything, *budget, places) if speed.trunk else None

@@ -52,7 +52,9 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
         print(json.dumps(said | asdict(found) | {"timing": asdict(timing) if timing else None}, ensure_ascii=False))
     else:
         _show(found, timing, machine)
-        for note in found.notes:
+        off = [name for name, on in asdict(config.speed).items() if on and not getattr(found.speed, name)]
+        without = [f"without speed.{name}, which this model's code does not take" for name in off]
+        for note in (*found.notes, *without):
             show_warning(stderr(), note)
         if not fits:
             print(f"it does not fit: {change}")
