@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mlx_dpo.events import OnEvent
 
 DATA = Path(str(files("mlx_dpo"))) / "demo_data"
-SHOWN = (0, 16, 20, 27)
+SHOWN = (0, 5, 27, 44)
 """Places of the unseen prompts that are answered before and after."""
 LONGEST_ANSWER = 60
 MEASURES = {
