@@ -22,9 +22,9 @@ from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
 from mlx_dpo.trunk import Pieces, TrunkStore, first_adapted, split_layout, whole_layout
 
-CHUNK_LOGITS = 2**23
-"""Logits that the head makes at a time (32 MiB in float32). MLX runs ahead by some ten operations, so that a dozen such
-arrays live at once (measured on its CPU backend)."""
+CHUNK_LOGITS = 2**22
+"""Logits that the head makes at a time (16 MiB in float32; more is no faster). MLX runs ahead by some ten operations,
+so that a dozen such arrays live at once (measured on its CPU backend)."""
 
 STATS = ("entropy", "mean_logit", "correct", "log_sum_p2")
 
@@ -209,7 +209,7 @@ def head_logps(
     logits are at hand and kept; the backward pass is then cotangent · J, with no logits made again: the value is
     log p + J · (h − h₀), where h₀ is h itself, held fixed. The head itself gets no gradient: it must be frozen.
     """
-    chunk = max(16, CHUNK_LOGITS // head(hidden[:1]).shape[-1])  # shapes are known without computing
+    chunk = max(32, CHUNK_LOGITS // head(hidden[:1]).shape[-1])  # shapes are known without computing
     if not gradient:
         return _by_chunks(lambda h, t: _measure(head(h), t, stats), hidden, target, chunk)
     width = 1 + len(stats)

@@ -9,13 +9,14 @@ backend/cpu/encoder.h, backend/metal/device.cpp.)
 
 from __future__ import annotations
 
+import os
 from collections import Counter, deque
 from collections.abc import Collection
 from typing import NamedTuple
 
 from mlx_dpo.graph import Array, Graph, Op
 
-WIDTH = 20
+WIDTH = int(os.environ.get("MLX_BFS_MAX_WIDTH", 20))
 """Operations side by side that MLX orders breadth first before it goes down a level."""
 
 

@@ -26,7 +26,7 @@ from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.machine import Machine, limit_memory, this_machine
-from mlx_dpo.model import LoadedModel, load, read_weights
+from mlx_dpo.model import LoadedModel, has_weights, load, read_weights
 from mlx_dpo.phases import Draft, nbytes
 from mlx_dpo.plan import Plan, alternatives, fit, foresee, remedy, said, settle_memory
 from mlx_dpo.records import Record
@@ -115,10 +115,12 @@ def plan_run(
         MlxDpoError: the data, the model or the settings cannot be used.
     """
     machine = machine or this_machine()
-    draft, _, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
+    draft, loaded, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
     if config.train.auto and (chosen := fit(draft, machine, [config, *alternatives(config)])):
         draft = chosen[0]
     plan, found = foresee(draft, machine)
+    if not has_weights(loaded.path):
+        plan.notes.append("the weights are not here yet: their form is what config.json says")
     timing = estimate(draft, found) if found else None
     change = said(draft.config, config) if plan.fits(machine) else remedy(draft, machine)
     return plan, timing, change
