@@ -70,7 +70,7 @@ class Checkpointed(Block):
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache | AnswerCache)), None)
-        before = (cache.prompt.keys, cache.prompt.values) if isinstance(cache, AnswerCache) else ()
+        before = cache.arrays() if isinstance(cache, AnswerCache) else ()
         parameters = self._block.trainable_parameters()
 
         def pure(parameters: dict[str, Any], x: mx.array, *before: mx.array) -> Any:
@@ -94,7 +94,5 @@ class Checkpointed(Block):
 def _local(cache: PromptCache | AnswerCache | None, before: tuple[mx.array, ...]) -> PromptCache | AnswerCache | None:
     """A cache of the same kind that holds nothing but its arguments."""
     if isinstance(cache, AnswerCache):
-        prompt = PromptCache()
-        prompt.keys, prompt.values = before
-        return AnswerCache(prompt, cache.answers, cache.width, cache.lengths)
+        return cache.reading(before)
     return PromptCache() if cache is not None else None

@@ -18,9 +18,10 @@ from mlx_dpo.arrays import TokenLogps, flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped, Twice
 from mlx_dpo.config import RunConfig, SpeedConfig
+from mlx_dpo.layout import SPARE, Layout, split, whole
 from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
-from mlx_dpo.trunk import Pieces, TrunkStore, first_adapted, split_layout, whole_layout
+from mlx_dpo.trunk import TrunkStore, first_adapted
 
 CHUNK_LOGITS = 2**22
 """Logits that the head makes at a time (16 MiB in float32; more is no faster). MLX runs ahead by some ten operations,
@@ -44,8 +45,8 @@ Head = Callable[[mx.array], mx.array]
 class Scored(NamedTuple):
     """Which predictions of a batch count, as flat arrays over its N scored tokens.
 
-    `position [N]` in the flattened sequences `[R·K·T]`, `target [N]` the token to predict there, `slot [R, K, C]` where
-    each completion token's result stands: n + 1 for the n-th scored token, 0 for padding.
+    `position [N]` in the states that are read, laid end to end, `target [N]` the token to predict there, `slot
+    [R, K, C]` where each completion token's result stands: n + 1 for the n-th scored token, 0 for padding.
     """
 
     position: mx.array
@@ -53,37 +54,26 @@ class Scored(NamedTuple):
     slot: mx.array
 
 
-def scored_positions(batch: Batch) -> Scored:
-    """The scored tokens of whole sequences, as the plain pass reads them."""
-    rows, answers, width = batch.mask.shape
-    context = batch.tokens_length.reshape(rows, answers) - batch.completion_length
+def scored_tokens(batch: Batch, position: np.ndarray) -> Scored:
+    """The scored tokens, of which `position [R, K, C]` says where each is predicted."""
     r, k, c = np.nonzero(batch.mask)
-    sequence = r * answers + k
-    position = sequence * batch.tokens.shape[1] + context[r, k] + c - 1
-    slot = np.zeros((rows, answers, width), np.int32)
+    slot = np.zeros(batch.mask.shape, np.int32)
     slot[r, k, c] = np.arange(1, len(r) + 1)
-    return Scored(mx.array(position), mx.array(batch.completion[r, k, c]), mx.array(slot))
+    return Scored(mx.array(position[r, k, c]), mx.array(batch.completion[r, k, c]), mx.array(slot))
 
 
-def split_positions(batch: Batch) -> Scored:
-    """The scored tokens where prompts `[R, P]` and answers `[R·K, W]` are read apart and laid end to end.
-
-    An answer's first token is predicted by its prompt's last one, every other by the token before it.
-    """
+def plain_positions(batch: Batch) -> np.ndarray:
+    """`[R, K, C]`: where the whole sequences `tokens [R·K, T]`, flattened, predict each completion token."""
     rows, answers, width = batch.mask.shape
-    r, k, c = np.nonzero(batch.mask)
-    columns = batch.prompt.shape[1]
-    last = r * columns + batch.prompt_length[r] - 1
-    before = rows * columns + (r * answers + k) * max(width - 1, 1) + c - 1
-    slot = np.zeros((rows, answers, width), np.int32)
-    slot[r, k, c] = np.arange(1, len(r) + 1)
-    return Scored(mx.array(np.where(c == 0, last, before)), mx.array(batch.completion[r, k, c]), mx.array(slot))
+    context = batch.tokens_length - batch.completion_length.reshape(-1)
+    first = np.arange(rows * answers) * batch.tokens.shape[1] + context - 1
+    return (first[:, None] + np.arange(width)).reshape(rows, answers, width)
 
 
 def plain_logps(model: nn.Module, batch: Batch, stats: tuple[str, ...] = ()) -> TokenLogps:
     """The definition: logits of every position, float32 log-softmax, the completion tokens picked out."""
     logits = model(mx.array(batch.tokens))
-    scored = scored_positions(batch)
+    scored = scored_tokens(batch, plain_positions(batch))
     picked = logits.reshape(-1, logits.shape[-1])[scored.position]
     return _place(_measure(picked, scored.target, stats), scored.slot, stats)
 
@@ -100,7 +90,7 @@ class Scorer:
 
     `trunk` is a store of the frozen blocks' output for the rows of one data set; batches must carry that data set's
     places. A pass that finds all its rows there begins at the first adapted block; another one gives their `states`.
-    `twice` is what `checkpoint` makes of a block's function.
+    `twice` is what `checkpoint` makes of a block's function; `spare` as in `mlx_dpo.layout`.
     """
 
     def __init__(
@@ -111,11 +101,13 @@ class Scorer:
         checkpoint: bool = False,
         trunk: TrunkStore | None = None,
         twice: Twice = mx.checkpoint,
+        spare: int = SPARE,
     ) -> None:
         self.model = model
         self.speed = speed or SpeedConfig()
         self.checkpoint = checkpoint
         self.twice = twice
+        self.spare = spare
         self.trunk = trunk
         self.parts = take_apart(model)
         self.first_adapted = first_adapted(model)
@@ -137,10 +129,11 @@ class Scorer:
         if self.parts is None or not any(getattr(self.speed, name) for name in LEVERS):
             return Scoring(plain_logps(self.model, batch, stats))
         trunk = self.trunk if self.speed.trunk and batch.shares_prompt and self.first_adapted > 0 else None
-        fed = trunk.get(batch, self.layout(batch)) if trunk is not None and trunk.knows(batch) else None
+        layout = self.layout(batch)
+        fed = trunk.get(batch, layout.groups) if trunk is not None and trunk.knows(batch) else None
         heard: list[mx.array] | None = [] if trunk is not None and trunk.wants(batch) else None
-        hidden, scored = (self._split if self._shares(batch) else self._whole)(batch, _Listener(fed, heard))
-        picked = hidden[scored.position]
+        scored = scored_tokens(batch, layout.position)
+        picked = self._read(layout, _Listener(fed, heard))[scored.position]
         if self.speed.completion_head and self.head_is_frozen:
             measured = head_logps(self.parts.logits, picked, scored.target, stats, gradient=gradient)
         else:
@@ -150,33 +143,34 @@ class Scorer:
     def keep(self, batch: Batch, states: list[mx.array] | None) -> None:
         """Puts what `score` gave for `batch`, now evaluated, into the trunk's store."""
         if self.trunk is not None and states is not None:
-            self.trunk.put(batch, self.layout(batch), states)
+            self.trunk.put(batch, self.layout(batch).groups, states)
 
-    def layout(self, batch: Batch) -> list[Pieces]:
-        """How the arrays of a batch's states lie in the trunk's store."""
-        return split_layout(batch) if self._shares(batch) else whole_layout(batch)
+    def layout(self, batch: Batch) -> Layout:
+        """How a batch is read."""
+        shares = self.speed.shared_prompt and batch.shares_prompt
+        return split(batch, self.spare) if shares else whole(batch, self.spare)
 
-    def _shares(self, batch: Batch) -> bool:
-        return self.speed.shared_prompt and batch.shares_prompt
-
-    def _whole(self, batch: Batch, listener: _Listener) -> tuple[mx.array, Scored]:
-        """Hidden states of whole sequences, `[R·K·T, hidden]`."""
+    def _read(self, layout: Layout, listener: _Listener) -> mx.array:
+        """Hidden states of the answers' groups, flattened and laid end to end: `[tokens, hidden]`."""
         assert self.parts is not None
-        hidden = self.parts.hidden(mx.array(batch.tokens), layers=self._blocks(listener, 0))
-        return hidden.reshape(-1, hidden.shape[-1]), scored_positions(batch)
-
-    def _split(self, batch: Batch, listener: _Listener) -> tuple[mx.array, Scored]:
-        """Hidden states of prompts, then of answers on top of them, flat: `[R·P + R·K·W, hidden]`."""
-        assert self.parts is not None
-        rows, answers, width = batch.completion.shape
-        prompts = [PromptCache() for _ in self.model.layers]
-        before = self.parts.hidden(mx.array(batch.prompt), cache=prompts, layers=self._blocks(listener, 0))
-        lengths = np.repeat(batch.prompt_length, answers)
-        caches = [AnswerCache(prompt, answers, batch.prompt.shape[1], lengths) for prompt in prompts]
-        tokens = batch.completion.reshape(rows * answers, width)[:, : max(width - 1, 1)]
-        behind = self.parts.hidden(mx.array(tokens), cache=caches, layers=self._blocks(listener, 1))
-        size = before.shape[-1]
-        return mx.concatenate([before.reshape(-1, size), behind.reshape(-1, size)]), split_positions(batch)
+        prompts: list[list[PromptCache]] = []  # by group, by block
+        for group in layout.prompts:
+            prompts.append([PromptCache() for _ in self.model.layers])
+            blocks = self._blocks(listener, len(prompts) - 1)
+            self.parts.hidden(mx.array(group.tokens), cache=prompts[-1], layers=blocks)
+        picks = {r: (g, i) for g, group in enumerate(layout.prompts) for i, r in enumerate(group.lines)}
+        answers = layout.position.shape[1]
+        states = []
+        for g, group in enumerate(layout.answers, len(prompts)):
+            rows = [line // answers for line in group.lines]
+            caches = [
+                AnswerCache(of_block, [picks[r] for r in rows], layout.before[rows])
+                for of_block in zip(*prompts, strict=True)
+            ]
+            blocks = self._blocks(listener, g)
+            hidden = self.parts.hidden(mx.array(group.tokens), cache=caches or None, layers=blocks)
+            states.append(hidden.reshape(-1, hidden.shape[-1]))
+        return mx.concatenate(states)
 
     def _blocks(self, listener: _Listener, which: int) -> list[Block]:
         """The blocks for one pass: frozen ones left out or listened to, adapted ones checkpointed if asked for."""

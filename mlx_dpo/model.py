@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
@@ -80,15 +81,17 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
         ModelError: the folder lacks weights, configuration or tokenizer, or mlx-lm cannot read its kind.
         UsageError: quantization on load is asked for a model that is quantized already.
     """
-    from mlx_lm.utils import load_model, load_tokenizer
+    from mlx_lm.utils import load_tokenizer
 
     if not config.path:
         raise UsageError("no model given", "name a folder or a Hub model with --model")
     folder = resolve(config.path, config.revision, weights=weights)
     _check_folder(folder, weights=weights)
     try:
-        model, settings = load_model(folder, lazy=True, strict=weights, trust_remote_code=config.trust_remote_code)
+        model, settings, form = _read(folder, config, strict=weights)
         wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
+    except UsageError:
+        raise
     except Exception as error:  # mlx-lm, transformers and model code raise of every kind: all mean an unreadable folder
         said = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
         hint = (
@@ -97,10 +100,6 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
             else "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
         )
         raise ModelError(f"cannot load the model in {folder}: {said}", hint) from error
-    if not has_weights(folder):
-        _give_form(model, settings)
-    form = _quantize_on_load(model, settings, config)
-    form += "+" + _set_compute_dtype(model, config)
     model.freeze()
     model.eval()
     loaded = LoadedModel(model, wrapper._tokenizer, wrapper, settings, folder, config.path, form)
@@ -109,12 +108,43 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
     return loaded
 
 
-def read_weights(loaded: LoadedModel) -> None:
-    """Reads the weights of a model that was loaded lazily. Raises ModelError where that cannot be."""
+def _read(folder: Path, config: ModelConfig, *, strict: bool = True) -> tuple[nn.Module, dict[str, Any], str]:
+    """A model in the form that `config` asks for, its configuration, and a name for the form; no weight is read yet."""
+    from mlx_lm.utils import load_model
+
+    model, settings = load_model(folder, lazy=True, strict=strict, trust_remote_code=config.trust_remote_code)
+    if not has_weights(folder):
+        _give_form(model, settings)
+    form = _quantize_on_load(model, settings, config)
+    return model, settings, form + "+" + _set_compute_dtype(model, config)
+
+
+def read_weights(loaded: LoadedModel, modules: Iterable[nn.Module] | None = None) -> None:
+    """Reads the weights of a model that was loaded lazily, or of some of its modules.
+
+    Layer by layer: what is read and then converted, quantized or unpacked, is not all in memory at once.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
     try:
-        mx.eval(loaded.model.parameters())
+        for module in modules or [loaded.model]:
+            for _, layer in module.named_modules():
+                mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
     except RuntimeError as error:
         raise ModelError(f"the weights in {loaded.path} cannot be read: {error}", "fetch the model again") from error
+
+
+def rest_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
+    """Gives back the memory of the lowest `count` blocks of a model that carries no adapter, and of what else of it
+    a pass from there on does not read; should it be needed again, MLX reads it again.
+
+    Raises:
+        ModelError: a file cannot be read.
+    """
+    fresh, _, _ = _read(loaded.path, config)
+    loaded.model.update(fresh.parameters())
+    read_weights(loaded, loaded.model.layers[count:])
 
 
 def is_quantized(model: nn.Module) -> bool:

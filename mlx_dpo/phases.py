@@ -21,11 +21,12 @@ from mlx_dpo.batching import Batch, length, make_batch, order_batches
 from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.graph import Graph, as_checkpointed, marked_twice, trace
+from mlx_dpo.layout import Group
 from mlx_dpo.logprobs import Scorer, plain_logps, wanted_stats
 from mlx_dpo.losses import compute_loss, needs_reference
 from mlx_dpo.optim import make_optimizer
 from mlx_dpo.speed import fallbacks, two_short
-from mlx_dpo.trunk import Pieces, TrunkStore, row_tokens
+from mlx_dpo.trunk import TrunkStore, row_tokens
 
 EPOCHS = 8
 """Epochs whose batches are looked at; later ones are cut from the same rows."""
@@ -35,7 +36,7 @@ EPOCHS = 8
 class Draft:
     """A run of which nothing is computed: its model, adapter attached, as lazy arrays, and its rows as tokens.
 
-    `rows` are `train_rows` to train on and behind them those held out; loading reads `stored` bytes.
+    `rows` are `train_rows` to train on and behind them those held out.
     """
 
     config: RunConfig
@@ -43,17 +44,17 @@ class Draft:
     rows: list[TokenizedRow]
     train_rows: int
     kind: Kind
-    stored: int
 
 
 class Phase(NamedTuple):
     """A moment of a run: `held` bytes that are there all the time, the graph that is evaluated beside them, and those
-    of its inputs that are given up meanwhile, which `held` does not count.
+    of its inputs that are given up meanwhile, which `held` does not count; nor does it count the weights `at_rest`.
     """
 
     held: int
     graph: Graph
     given_up: Sequence[int] = ()
+    at_rest: int = 0
 
 
 class Kept(NamedTuple):
@@ -62,13 +63,19 @@ class Kept(NamedTuple):
     nbytes: int
     where: str
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether there is any, and room for it."""
+        return self.where != "nowhere"
+
 
 @dataclass(frozen=True)
 class Description:
     """A run as graphs.
 
     `batches` are its micro-batches, `largest` the one of most tokens, `longest` the places of the rows that are longest
-    to score, `speed` the levers that the model's code takes, `vocabulary` the width of the logits.
+    to score, `speed` the levers that the model's code takes, `vocabulary` the width of the logits, `widths` those of
+    attention.
     """
 
     phases: dict[str, Phase]
@@ -78,6 +85,7 @@ class Description:
     speed: SpeedConfig
     trunk: Kept
     vocabulary: int
+    widths: Widths
 
 
 class Held(NamedTuple):
@@ -111,9 +119,11 @@ def describe(draft: Draft) -> Description:
     longest = sorted(places, key=lambda i: (len(rows[i].completions), length(rows[i])))[-config.train.batch_size :]
 
     def step(speed: SpeedConfig, trunk: Kept, batch: Batch) -> Phase:
-        states = _states(model, speed, batch) if trunk.where in ("memory", "disk") else []
+        states = _states(model, speed, batch) if trunk.is_kept else []
         sums = adapter if config.train.grad_accumulation_steps > 1 else 0  # of the micro-batches before
-        return Phase(held + sums + nbytes(states), _gradient(draft, speed, batch, states))
+        graph = _gradient(draft, speed, batch, states)
+        at_rest = _unread(graph) if trunk.is_kept else 0
+        return Phase(held + sums + nbytes(states) - at_rest, graph, at_rest=at_rest)
 
     tries = fallbacks(config.speed)
     for speed in tries:
@@ -126,14 +136,23 @@ def describe(draft: Draft) -> Description:
                 raise
     for batch in heaviest[1:]:
         phases["a step with more attention"] = step(speed, trunk, batch)
-    phases["the update"] = _update(draft, weights)
+    at_rest = phases["a step"].at_rest
+    phases["the update"] = _update(draft, weights - at_rest)._replace(at_rest=at_rest)
+    scored = make_batch([rows[i] for i in longest], longest)
     another = weights if config.loss.reference not in ("base", "start", "none") else 0  # as large as this one, say
-    phases["log-probs"] = Phase(held + another, _scoring(model, speed, make_batch([rows[i] for i in longest], longest)))
+    if trunk.is_kept:
+        graph = _trunk_pass(model, speed, scored)
+        phases["frozen blocks"] = Phase(weights + adapter, graph)
+    states = _states(model, speed, scored) if trunk.is_kept else []
+    graph = _scoring(model, speed, scored, states)
+    at_rest = _unread(graph) if trunk.is_kept else 0
+    phases["log-probs"] = Phase(held + another + nbytes(states) - at_rest, graph, at_rest=at_rest)
     phases["check of the levers"] = Phase(
         weights + adapter, _plain_gradient(model, make_batch(two_short(rows), [0, 1]))
     )
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    return Description(phases, batches, heaviest[0], longest, speed, trunk, vocabulary)
+    widths = _widths(Scorer(model, speed), [*heaviest, scored])
+    return Description(phases, batches, heaviest[0], longest, speed, trunk, vocabulary, widths)
 
 
 def visited_batches(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[list[int]]:
@@ -150,50 +169,64 @@ def visited_batches(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[lis
 
 
 class Extent(NamedTuple):
-    """What a micro-batch is padded to: `rows` of `answers`, `prompt` and `completion` tokens, `sequence` both."""
+    """How large a micro-batch is: `rows` of up to `answers`, `prompt` and `completion` tokens, `sequence` both.
+
+    `tokens` are to be read where each prompt is read once; at `scores` pairs of tokens attention looks, in a head of a
+    block.
+    """
 
     rows: int
     answers: int
     prompt: int
     completion: int
     sequence: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens read where the prompt is read once."""
-        return self.rows * (self.prompt + self.answers * self.completion)
-
-    @property
-    def scores(self) -> int:
-        """Pairs of tokens that attention looks at, in a head of a block."""
-        return self.rows * (self.prompt**2 + self.answers * self.completion * self.sequence)
+    tokens: int
+    scores: int
 
 
-def part_of(shape: tuple[int, ...], size: Extent, vocabulary: int) -> str:
+def extent(rows: Sequence[TokenizedRow]) -> Extent:
+    """The extent of a micro-batch of these rows."""
+    lengths = [(len(row.prompt), [len(ids) for ids in row.completions]) for row in rows]
+    return Extent(
+        rows=len(rows),
+        answers=max(len(answers) for _, answers in lengths),
+        prompt=max(prompt for prompt, _ in lengths),
+        completion=max(max(answers) for _, answers in lengths),
+        sequence=max(length(row) for row in rows),
+        tokens=sum(prompt + sum(answers) for prompt, answers in lengths),
+        scores=sum(prompt**2 + sum(n * (prompt + n) for n in answers) for prompt, answers in lengths),
+    )
+
+
+class Widths(NamedTuple):
+    """How many tokens look (`queries`), and at how many (`keys`), in the arrays of some micro-batches."""
+
+    queries: frozenset[int]
+    keys: frozenset[int]
+
+
+def part_of(shape: tuple[int, ...], widths: Widths, vocabulary: int) -> str:
     """What an array of a micro-batch is for: nothing but the head has the vocabulary's width, nothing but attention
     looks from tokens at tokens.
     """
-    answer = max(size.completion - 1, 1)  # its last token is read by nobody
-    queries = {size.prompt, answer, size.sequence}
-    keys = queries | {size.prompt + answer}
     if shape[-1:] == (vocabulary,):
         return "head"
-    if len(shape) >= 4 and shape[-1] in keys and shape[-2] in queries:
+    if len(shape) >= 4 and shape[-1] in widths.keys and shape[-2] in widths.queries:
         return "attention scores"
-    if len(shape) == 4 and shape[-2] in keys:
+    if len(shape) == 4 and shape[-2] in widths.keys:
         return "queries, keys, values"
     return "activations"
 
 
-def extent(rows: Sequence[TokenizedRow]) -> Extent:
-    """What `make_batch` pads these rows to."""
-    return Extent(
-        len(rows),
-        max(len(row.completions) for row in rows),
-        max(len(row.prompt) for row in rows),
-        max(len(ids) for row in rows for ids in row.completions),
-        max(length(row) for row in rows),
-    )
+def _widths(scorer: Scorer, batches: Sequence[Batch]) -> Widths:
+    queries, keys = set[int](), set[int]()
+    for batch in batches:
+        layout, answers = scorer.layout(batch), batch.completion.shape[1]
+        queries |= {batch.tokens.shape[1], *(group.tokens.shape[1] for group in layout.groups)}
+        for group in layout.answers:
+            behind = max(1, int(layout.before[[line // answers for line in group.lines]].max()))
+            keys |= {group.tokens.shape[1] + behind}
+    return Widths(frozenset(queries), frozenset(queries | keys))
 
 
 def _heaviest(rows: Sequence[TokenizedRow], batches: Sequence[list[int]]) -> list[list[int]]:
@@ -209,20 +242,20 @@ def nbytes(tree: Any) -> int:
     return sum(value.nbytes for value in flat(tree).values())
 
 
-class _Full(TrunkStore):
-    """A store that knows every row: these are a batch's states."""
+class _OfOneBatch(TrunkStore):
+    """A store that has `states` for whoever asks or, without them, wants what anybody has."""
 
     def __init__(self, states: list[mx.array]) -> None:
         super().__init__([], 0, 0)
         self._given = states
 
     def knows(self, batch: Batch) -> bool:
-        return True
+        return bool(self._given)
 
     def wants(self, batch: Batch) -> bool:
-        return False
+        return not self._given
 
-    def get(self, batch: Batch, layout: Sequence[Pieces]) -> list[mx.array]:
+    def get(self, batch: Batch, groups: Sequence[Group]) -> list[mx.array]:
         return self._given
 
 
@@ -259,7 +292,7 @@ def _gradient(draft: Draft, speed: SpeedConfig, batch: Batch, states: list[mx.ar
     marks = [mx.array(1.0) for _ in range(4 * len(model.layers))] if checkpoint else []  # two for each of two passes
 
     def step(*given: mx.array) -> list[mx.array]:
-        trunk = _Full(list(given[: len(states)])) if states else None
+        trunk = _OfOneBatch(list(given[: len(states)])) if states else None
         twice = marked_twice(iter(given[len(states) :]))
         scorer = Scorer(model, speed, checkpoint=checkpoint, trunk=trunk, twice=twice)
         model.train()
@@ -293,13 +326,30 @@ def _states(model: nn.Module, speed: SpeedConfig, batch: Batch) -> list[mx.array
     if not batch.shares_prompt or scorer.parts is None:
         return []
     sample = scorer.parts.hidden(mx.zeros((1, 1), mx.int32))
-    return [mx.zeros((*shape, sample.shape[-1]), sample.dtype) for shape, _ in scorer.layout(batch)]
+    shapes = [group.tokens.shape for group in scorer.layout(batch).groups]
+    return [mx.zeros((*shape, sample.shape[-1]), sample.dtype) for shape in shapes]
 
 
-def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
-    """Log-probs without a gradient."""
-    scorer = Scorer(model, speed)
-    return _trace_model(model, lambda: [scorer(batch, gradient=False).logps])[0]
+def _unread(graph: Graph) -> int:
+    """The bytes of a graph's inputs that no operation reads."""
+    read = {array for op in graph.ops for array in op.inputs}
+    return sum(graph.arrays[array].nbytes for array in graph.inputs if array not in read)
+
+
+def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch, states: list[mx.array]) -> Graph:
+    """Log-probs without a gradient, from the trunk's `states` where there are any."""
+
+    def score(*given: mx.array) -> list[mx.array]:
+        scorer = Scorer(model, speed, trunk=_OfOneBatch(list(given)) if given else None)
+        return [scorer(batch, gradient=False).logps]
+
+    return _trace_model(model, score, states)[0]
+
+
+def _trunk_pass(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
+    """What the frozen blocks give for a batch."""
+    scorer = Scorer(model, speed, trunk=_OfOneBatch([]))
+    return _trace_model(model, lambda: scorer.score(batch, gradient=False).states or [])[0]
 
 
 def _plain_gradient(model: nn.Module, batch: Batch) -> Graph:

@@ -54,7 +54,7 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     graphs and the plan counts what is held all the time alone; a note says so.
     """
     held = held_bytes(draft)
-    loading = held.weights + held.adapter + draft.stored
+    loading = held.weights + held.adapter
     notes: list[str] = []
     try:
         found = _describe(draft, notes)
@@ -73,8 +73,10 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     highest = max(phases, key=lambda name: phases[name])
     largest = extent([draft.rows[i] for i in found.largest.index])
     parts = held._asdict()
+    if highest in found.phases:
+        parts["weights"] -= found.phases[highest].at_rest
     for array in evaluated[highest].live if highest in evaluated else ():
-        part = part_of(array.shape, largest, found.vocabulary)
+        part = part_of(array.shape, found.widths, found.vocabulary)
         parts[part] = parts.get(part, 0) + array.nbytes
     if rest := phases[highest] - sum(parts.values()):
         parts["other"] = rest

@@ -26,8 +26,8 @@ from mlx_dpo.following import FollowingReference
 from mlx_dpo.logprobs import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.machine import Machine, limit_memory, this_machine
-from mlx_dpo.model import LoadedModel, has_weights, load, read_weights
-from mlx_dpo.phases import Draft, nbytes
+from mlx_dpo.model import LoadedModel, has_weights, load, read_weights, rest_blocks
+from mlx_dpo.phases import Draft
 from mlx_dpo.plan import Plan, alternatives, fit, foresee, remedy, said, settle_memory
 from mlx_dpo.records import Record
 from mlx_dpo.speed import settle
@@ -88,7 +88,9 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     budget = (speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9)
     trunk = TrunkStore(everything, *budget, places) if speed.trunk else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
-    _fill_trunk(scorer, config.train.batch_size, everything, places, on_event)
+    if _fill_trunk(scorer, config.train.batch_size, everything, places, on_event):
+        with lora.switched_off(loaded.model):
+            rest_blocks(loaded, config.model, scorer.first_adapted)
     known = None
     if needs_reference(config.loss):
         known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
@@ -139,9 +141,6 @@ def begin(
         on_event=on_event,
     )
     loaded = load_model(config.model)
-    files = sum(file.stat().st_size for file in loaded.path.glob("model*.safetensors"))
-    held = nbytes(loaded.model.parameters())
-    converted = files if abs(files - held) > held / 100 else 0  # what is read and not kept
     rows = _encoded(splits.train, loaded, config, "", on_event)
     valid = _encoded(splits.valid, loaded, config, "held out: ", on_event) if splits.valid else []
     if len(rows) < config.train.batch_size:
@@ -157,7 +156,7 @@ def begin(
         _check_own_settings(config, adapter)
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
-    return Draft(config, loaded.model, [*rows, *valid], len(rows), kind, converted), loaded, adapter
+    return Draft(config, loaded.model, [*rows, *valid], len(rows), kind), loaded, adapter
 
 
 def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
@@ -210,14 +209,16 @@ def _visited(config: RunConfig, rows: list[TokenizedRow], steps: int) -> list[in
 
 def _fill_trunk(
     scorer: Scorer, batch_size: int, rows: list[TokenizedRow], places: list[int], on_event: OnEvent
-) -> None:
+) -> bool:
     """Computes what the frozen blocks give for the rows, before anything else and always in the same batches.
+
+    Afterwards those blocks are not needed any more: whether it could be so.
 
     Rounding depends on the batch in which a row is computed. Were rows kept as they happen to come by, a resumed run,
     which meets them in other batches, would differ from a straight one in the last bits.
     """
     if scorer.trunk is None or scorer.first_adapted == 0:
-        return
+        return False
     places = [i for i in places if rows[i].shares_prompt]
     places.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
     for start in range(0, len(places), batch_size):
@@ -237,6 +238,7 @@ def _fill_trunk(
                 "computed in every step, since speed.trunk_memory_gb and speed.trunk_disk_gb have no room for it"
             )
         )
+    return not scorer.trunk.no_room
 
 
 def kind_of(loss: LossConfig) -> Kind:

@@ -46,7 +46,7 @@ def settle(
     *tries, plain = fallbacks(speed)
     complaint = ""
     for candidate in tries:
-        scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=TrunkStore(two, 1e12, 0))
+        scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=TrunkStore(two, 1e12, 0), spare=0)
         try:
             scorer(batch, gradient=False)  # fills the trunk
             found, gradient = _measure(model, batch, scorer)

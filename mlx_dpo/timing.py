@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from mlx_dpo.graph import Graph, Op
 from mlx_dpo.memory import RESHAPES, VIEWS
-from mlx_dpo.phases import Description, Draft, Extent, extent, part_of
+from mlx_dpo.phases import Description, Draft, Widths, extent, part_of
 
 PRODUCTS = ("Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM")
 """Operations that multiply matrices."""
@@ -56,7 +56,7 @@ class Timing:
     speeds: dict[str, float]
 
 
-def count(graph: Graph, size: Extent, vocabulary: int) -> Work:
+def count(graph: Graph, widths: Widths, vocabulary: int) -> Work:
     """The arithmetic of a graph."""
     work = Work()
     largest: dict[str, float] = {}
@@ -64,7 +64,7 @@ def count(graph: Graph, size: Extent, vocabulary: int) -> Work:
     for op in graph.ops:
         arrays = [graph.arrays[array] for array in (*op.inputs, *op.outputs)]
         if op.name in PRODUCTS:
-            used_for = {part_of(array.shape, size, vocabulary) for array in arrays}
+            used_for = {part_of(array.shape, widths, vocabulary) for array in arrays}
             part = next(PARTS[name] for name in PARTS if name in used_for)
             factors = _factors(graph, op)
             flops = 2.0 * prod(graph.arrays[op.outputs[0]].shape) * factors[0][-1]
@@ -82,7 +82,7 @@ def estimate(draft: Draft, found: Description) -> Timing:
     """The seconds that the run of `draft` will take here. It measures for about a second."""
     config, rows = draft.config, draft.rows
     largest = extent([rows[i] for i in found.largest.index])
-    work = count(found.phases["a step"].graph, largest, found.vocabulary)
+    work = count(found.phases["a step"].graph, found.widths, found.vocabulary)
     speeds = measure(work.products)
     sizes = [extent([rows[i] for i in batch]) for batch in found.batches]
     scored = [sum(len(ids) for i in batch for ids in rows[i].completions) for batch in found.batches]
@@ -100,20 +100,26 @@ def estimate(draft: Draft, found: Description) -> Timing:
     if not train.iters:
         micro = max(micro, ceil(train.epochs * ceil(draft.train_rows / train.batch_size)))
     longest = [rows[i] for i in found.longest]
-    scoring = count(found.phases["log-probs"].graph, extent(longest), found.vocabulary)
-    forward = sum(flops / speeds.get(part, speeds["layers"]) for part, flops in scoring.flops.items())
-    forward += scoring.exponentials / speeds["exponentials"] + scoring.nbytes / speeds["memory"]
-    forward /= extent(longest).tokens  # seconds a token
+    passes = [name for name in ("log-probs", "frozen blocks") if name in found.phases]
+    scoring, *frozen = [_a_token(found.phases[name].graph, found, speeds, extent(longest).tokens) for name in passes]
     held_out = sum(extent([row]).tokens for row in rows[draft.train_rows :])
     trained = sum(extent([rows[i]]).tokens for i in {i for batch in found.batches for i in batch})
     steps = micro / train.grad_accumulation_steps
     evaluations = 1 + ceil(steps / train.steps_per_eval) if train.steps_per_eval else 2
     phases = {
-        "reference and frozen blocks, once": forward * (trained + held_out),
+        "reference and frozen blocks, once": (scoring + sum(frozen)) * (trained + held_out),
         "training": sum(parts.values()) * micro,
-        "evaluation": forward * held_out * evaluations,
+        "evaluation": scoring * held_out * evaluations,
     }
     return Timing(phases, parts, speeds)
+
+
+def _a_token(graph: Graph, found: Description, speeds: dict[str, float], tokens: int) -> float:
+    """Seconds a token of a graph that reads so many."""
+    work = count(graph, found.widths, found.vocabulary)
+    seconds = sum(flops / speeds.get(part, speeds["layers"]) for part, flops in work.flops.items())
+    seconds += work.exponentials / speeds["exponentials"] + work.nbytes / speeds["memory"]
+    return seconds / tokens
 
 
 def measure(products: dict[str, Factors]) -> dict[str, float]:

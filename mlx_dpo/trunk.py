@@ -17,13 +17,10 @@ import numpy as np
 from mlx_dpo.arrays import flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.layout import Group
 
 BITS = {2: mx.uint16, 4: mx.uint32}
 """How half and single precision are kept on the host, which has no bfloat16."""
-
-Pieces = tuple[tuple[int, ...], list[tuple[int, int, int, int, int]]]
-"""An array's shape `[lines, columns]`, and what lies where in it: line, first column, row of the batch, first token of
-the row's states, number of tokens."""
 
 
 def first_adapted(model: nn.Module) -> int:
@@ -67,30 +64,32 @@ class TrunkStore:
         """Whether a batch has rows that are to be kept and are not known yet."""
         return not self.no_room and bool(self._missing[batch.index].any())
 
-    def get(self, batch: Batch, layout: Sequence[Pieces]) -> list[mx.array]:
-        """The states of a batch in the arrays that `layout` describes, padded with zeros."""
+    def get(self, batch: Batch, groups: Sequence[Group]) -> list[mx.array]:
+        """The states of a batch as it is read in `groups`, one array for each, padded with zeros."""
         assert self._states is not None
         arrays = []
-        for shape, pieces in layout:
-            array = np.zeros((*shape, self._states.shape[1]), self._states.dtype)
-            for line, column, place, offset, count in pieces:
-                at = self._start[batch.index[place]] + offset
-                array[line, column : column + count] = self._states[at : at + count]
+        for group in groups:
+            array = np.zeros((*group.tokens.shape, self._states.shape[1]), self._states.dtype)
+            for line, pieces in enumerate(group.pieces):
+                for column, place, offset, count in pieces:
+                    at = self._start[batch.index[place]] + offset
+                    array[line, column : column + count] = self._states[at : at + count]
             arrays.append(mx.array(array).view(self._dtype))
         return arrays
 
-    def put(self, batch: Batch, layout: Sequence[Pieces], arrays: Sequence[mx.array]) -> None:
+    def put(self, batch: Batch, groups: Sequence[Group], arrays: Sequence[mx.array]) -> None:
         """Keeps the states that `arrays` hold; nothing where the budget has no room for all rows."""
         if self._states is None and not self.no_room:
             self._allocate(arrays[0])
         if self._states is None:
             return
-        for (_, pieces), states in zip(layout, arrays, strict=True):
+        for group, states in zip(groups, arrays, strict=True):
             host = np.array(states.view(BITS[states.dtype.size]))
-            for line, column, place, offset, count in pieces:
-                if self._missing[batch.index[place]]:
-                    at = self._start[batch.index[place]] + offset
-                    self._states[at : at + count] = host[line, column : column + count]
+            for line, pieces in enumerate(group.pieces):
+                for column, place, offset, count in pieces:
+                    if self._missing[batch.index[place]]:
+                        at = self._start[batch.index[place]] + offset
+                        self._states[at : at + count] = host[line, column : column + count]
         self._known[batch.index] |= self._missing[batch.index]
         self._missing[batch.index] = False
 
@@ -108,28 +107,3 @@ class TrunkStore:
                 self._states = np.memmap(file, bits, "w+", shape=shape)
         else:
             self.no_room = True
-
-
-def split_layout(batch: Batch) -> list[Pieces]:
-    """Where a row's states lie in prompts `[R, P]` and answers `[R·K, W]`."""
-    rows, answers, width = batch.completion.shape
-    prompts, rest = [], []
-    for r in range(rows):
-        at = int(batch.prompt_length[r])
-        prompts.append((r, 0, r, 0, at))
-        for k in range(answers):
-            count = max(int(batch.completion_length[r, k]) - 1, 0)
-            rest.append((r * answers + k, 0, r, at, count))
-            at += count
-    return [((rows, batch.prompt.shape[1]), prompts), ((rows * answers, max(width - 1, 1)), rest)]
-
-
-def whole_layout(batch: Batch) -> list[Pieces]:
-    """Where a row's states lie in whole sequences `[R·K, T]`: the prompt again before each answer."""
-    (_, prompts), (_, rest) = split_layout(batch)
-    answers = batch.completion.shape[1]
-    pieces = []
-    for line, _, r, offset, count in rest:
-        length = prompts[line // answers][4]
-        pieces += [(line, 0, r, 0, length), (line, length, r, offset, count)]
-    return [(batch.tokens.shape, pieces)]

@@ -17,7 +17,7 @@ LEVELS = (
     "errors records arrays events interrupt",
     "config settings run metrics",
     "data encode batching losses",
-    "parts blocks prefix peft model lora optim graph memory machine trunk",
+    "parts blocks prefix layout peft model lora optim graph memory machine trunk",
     "logprobs speed gguf",
     "reference following checkpoint demo_model preview phases plan timing",
     "sample prepare evaluate export label report",

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from conftest import tiny_model_folder
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.model import is_quantized, load, resolve
+from mlx_dpo.model import is_quantized, load, resolve, rest_blocks
 
 TOKENS = mx.array([[5, 9, 40, 41, 7, 100, 200, 3]])
 
@@ -205,6 +205,26 @@ def test_an_awq_folder_is_the_function_that_its_numbers_say(tmp_path: Path) -> N
     found = load(ModelConfig(path=str(packed), compute_dtype="float32"))
     expected = load(ModelConfig(path=str(plain), compute_dtype="float32"))
     assert_close(log_probs(found.model), log_probs(expected.model), 2e-5)
+
+
+# memory given back
+
+
+@pytest.mark.parametrize("more", [{}, {"quantize_bits": 4, "quantize_group_size": 32}])
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_blocks_at_rest_take_no_memory_and_come_back_when_they_are_needed(
+    arch: str, more: dict[str, int], tmp_path: Path
+) -> None:
+    config = ModelConfig(path=str(tiny_model_folder(tmp_path, arch)), **more)
+    loaded = load(config)
+    before = log_probs(loaded.model)
+    mx.eval(before)
+    held = mx.get_active_memory()
+    lowest = sum(value.nbytes for block in loaded.model.layers[:3] for _, value in tree_flatten(block.parameters()))
+    rest_blocks(loaded, config, 3)
+    assert held - mx.get_active_memory() >= lowest
+    assert mx.array_equal(log_probs(loaded.model), before)
+    assert not tree_flatten(loaded.model.trainable_parameters()) and not loaded.model.training
 
 
 # quantization on load

@@ -17,6 +17,7 @@ from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.config import LoraConfig, ModelConfig, SpeedConfig
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.events import Warned
+from mlx_dpo.layout import SPARE
 from mlx_dpo.logprobs import LEVERS, STATS, Scorer, plain_logps
 from mlx_dpo.model import load
 from mlx_dpo.speed import settle
@@ -75,8 +76,8 @@ def measure(
     return logps, mx.concatenate([value.reshape(-1) for _, value in sorted(tree_flatten(gradient))])
 
 
-def assert_same(found: tuple[mx.array, mx.array], expected: tuple[mx.array, mx.array]) -> None:
-    np.testing.assert_allclose(np.array(found[0]), np.array(expected[0]), atol=2e-5)
+def assert_same(found: tuple[mx.array, mx.array], expected: tuple[mx.array, mx.array], atol: float = 5e-5) -> None:
+    np.testing.assert_allclose(np.array(found[0]), np.array(expected[0]), atol=atol)
     a, b = found[1], expected[1]
     assert (mx.linalg.norm(a - b) / mx.linalg.norm(b)).item() < 1e-4
     assert ((a * b).sum() / (mx.linalg.norm(a) * mx.linalg.norm(b))).item() > 1 - 1e-6
@@ -97,18 +98,22 @@ def test_all_levers_together_give_the_plain_paths_log_probs_and_gradients(arch: 
     batch = make_batch(rows, range(len(rows)))
     speed = SpeedConfig(shared_prompt=arch not in NOT_SHARED)
     for checkpoint in (False, True):
-        scorer = filled(Scorer(model, speed, checkpoint=checkpoint, trunk=TrunkStore(rows, 1e9, 0)), batch)
+        trunk = TrunkStore(rows, 1e9, 0)
+        spare = 0 if checkpoint else SPARE  # every length by itself, and all together
+        scorer = filled(Scorer(model, speed, checkpoint=checkpoint, trunk=trunk, spare=spare), batch)
         assert scorer.first_adapted == 2
-        assert_same(measure(model, batch, scorer, training=checkpoint), measure(model, batch, None))
+        atol = 3e-4 if arch == "gemma2" else 5e-5  # a product's rounding depends on its shape, and gemma 2 amplifies it
+        assert_same(measure(model, batch, scorer, training=checkpoint), measure(model, batch, None), atol)
 
 
 @pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=3)))
-@pytest.mark.parametrize("arch", ["llama", "gemma3"])
-def test_every_choice_of_levers_is_exact(arch: str, on: tuple[bool, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("arch", "spare"), [("llama", SPARE), ("llama", 8), ("gemma3", 8), ("gemma3", 0)])
+def test_every_choice_of_levers_is_exact(arch: str, spare: int, on: tuple[bool, ...], tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     rows = random_rows(vocabulary, answers=3)
     batch = make_batch(rows, range(len(rows)))
-    scorer = Scorer(model, SpeedConfig(**dict(zip(LEVERS, on, strict=True))), trunk=TrunkStore(rows, 1e9, 0))
+    speed = SpeedConfig(**dict(zip(LEVERS, on, strict=True)))
+    scorer = Scorer(model, speed, trunk=TrunkStore(rows, 1e9, 0), spare=spare)
     if on[0]:
         filled(scorer, batch)
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
