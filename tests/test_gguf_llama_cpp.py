@@ -8,16 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mlx_dpo
 from tests.gguf_models import CASES, DENSE, IDS, make_adapter, make_folder, mlx_log_probs
 
 pytest.importorskip("gguf", reason="GGUF files need the gguf package")
 pytest.importorskip("xllamacpp", reason="real llama.cpp is not installed: pip install xllamacpp")
 
+from mlx_dpo.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from mlx_dpo.data.load import load_splits
+from mlx_dpo.encode import encode_records
 from mlx_dpo.errors import MlxDpoError
 from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
 from mlx_dpo.gguf.verify import float32_log_probs, verify_gguf
 from mlx_dpo.gguf.write import export_adapter_gguf, export_model_gguf
+from mlx_dpo.model import load
+from mlx_dpo.train import train
 
+DEMO_ROWS = Path(mlx_dpo.__file__).parent / "demo_data" / "train.jsonl"
 POSITIONS = (0, 5, 11, 19)
 
 
@@ -104,13 +111,37 @@ def test_the_check_passes_what_is_right_and_fails_loudly_otherwise(tmp_path: Pat
 
 
 @pytest.mark.real_model
-def test_the_real_model_agrees_over_its_whole_vocabulary(demo_model: Path, tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter", demo_model, DENSE, rank=8, deviation=0.02)
+def test_the_real_model_tuned_agrees_over_its_whole_vocabulary(
+    demo_model: Path, tmp_path: Path, record_property: Any
+) -> None:
+    """A short run on the demo's rows, then 64 positions of four of them: the adapter's file, and the fused model's."""
+    model, data = ModelConfig(path=str(demo_model)), DataConfig(path=str(DEMO_ROWS), valid_fraction=0.0)
+    adapter = tmp_path / "adapter"
+    lora, optim = LoraConfig(num_layers=8), OptimConfig(learning_rate=2e-3, warmup_ratio=0.0)
+    steps = TrainConfig(output=str(adapter), batch_size=2, iters=4, steps_per_eval=None)
+    train(RunConfig(model=model, data=data, lora=lora, optim=optim, train=steps))
     export_model_gguf(demo_model, None, tmp_path / "base.gguf", "f32")
     export_adapter_gguf(demo_model, adapter, tmp_path / "adapter.gguf")
     export_model_gguf(demo_model, adapter, tmp_path / "fused.gguf", "f32")
-    on, off = mlx_log_probs(demo_model, adapter), mlx_log_probs(demo_model, None)
-    with_adapter = llama_cpp_log_probs(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
-    assert difference(with_adapter, on) < 1e-3
-    assert difference(llama_cpp_log_probs(tmp_path / "fused.gguf"), on) < 1e-3
-    assert difference(with_adapter, off) > 0.3
+
+    records = load_splits(data.path, valid_fraction=0.0, seed=0, kind="pair").train[:4]
+    rows = encode_records(records, load(model).tokenizer, data)[0]
+    texts = [(row.prompt + row.completions[0])[:48] for row in rows]
+    with_adapter = open_llama_cpp(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
+    fused = open_llama_cpp(tmp_path / "fused.gguf")
+    largest = {"adapter": 0.0, "fused": 0.0, "adapter off": 0.0}
+    positions = 0
+    for ids in texts:
+        on, off = mlx_log_probs(demo_model, adapter, ids), mlx_log_probs(demo_model, None, ids)
+        for place in range(len(ids) - 16, len(ids)):
+            by_adapter, by_fused = (next_log_probs(llama, ids[: place + 1]) for llama in (with_adapter, fused))
+            assert np.isfinite(by_adapter).all() and np.isfinite(by_fused).all()
+            found = {"adapter": by_adapter - on[place], "fused": by_fused - on[place]}
+            found["adapter off"] = by_adapter - off[place]
+            largest = {name: max(largest[name], float(np.abs(found[name]).max())) for name in largest}
+            positions += 1
+    record_property("agreement", largest)
+    print(f"{positions} positions:", {name: f"{value:.1e}" for name, value in largest.items()})
+    assert positions == 64
+    assert max(largest["adapter"], largest["fused"]) < 1e-3
+    assert largest["adapter off"] > 0.3
