@@ -218,12 +218,10 @@ def _load(model: ModelConfig, on_event: OnEvent) -> LoadedModel:
 
 def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent) -> Scorer:
     """Puts `adapter` on the model and gives a scorer by the levers that hold for it."""
-    speed = SpeedConfig(trunk=False)  # of use only from the second pass on
     if adapter:
         lora.load(loaded.model, adapter)
-        speed, _ = settle(loaded.model, rows, speed, on_event=on_event)
-    else:
-        speed = replace(speed, shared_prompt=False)  # nothing to take a gradient of, so nothing to hold it against
+    speed = SpeedConfig(trunk=False)  # of use only from the second pass on
+    speed, _ = settle(loaded.model, rows, speed, on_event=on_event)
     loaded.model.eval()
     return Scorer(loaded.model, speed)
 

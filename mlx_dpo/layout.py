@@ -16,6 +16,9 @@ from mlx_dpo.batching import Batch
 SPARE = 48
 """Tokens of padding that cost as much as one more group: each block is called, and its weights are read, once more."""
 
+NEVER = 10**9
+"""More of them than any batch has: all its sequences are one group."""
+
 Piece = tuple[int, int, int, int]
 """What lies where in a sequence: first column, row of the batch, first token of the row's states, number of tokens."""
 

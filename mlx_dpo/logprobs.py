@@ -18,7 +18,7 @@ from mlx_dpo.arrays import TokenLogps, flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped, Twice
 from mlx_dpo.config import RunConfig, SpeedConfig
-from mlx_dpo.layout import SPARE, Layout, split, whole
+from mlx_dpo.layout import NEVER, SPARE, Layout, split, whole
 from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
 from mlx_dpo.trunk import TrunkStore, first_adapted
@@ -36,7 +36,7 @@ def wanted_stats(config: RunConfig) -> tuple[str, ...]:
     return STATS if config.train.token_metrics else weigh
 
 
-LEVERS = ("trunk", "shared_prompt", "completion_head")
+LEVERS = ("trunk", "shared_prompt", "groups", "completion_head")
 """The fields of `SpeedConfig` that leave work out here; with none of them the plain path is taken."""
 
 Head = Callable[[mx.array], mx.array]
@@ -107,7 +107,7 @@ class Scorer:
         self.speed = speed or SpeedConfig()
         self.checkpoint = checkpoint
         self.twice = twice
-        self.spare = spare
+        self.spare = spare if self.speed.groups else NEVER
         self.trunk = trunk
         self.parts = take_apart(model)
         self.first_adapted = first_adapted(model)

@@ -87,8 +87,15 @@ def _cut(row: TokenizedRow, prompt: int, completion: int) -> TokenizedRow:
 
 
 def _measure(model: nn.Module, batch: Batch, scorer: Scorer | None) -> tuple[mx.array, dict[str, mx.array]]:
-    """Token log-probs and the gradient of the first answer's sum less half of the others'; None for the plain path."""
+    """Token log-probs and the gradient of the first answer's sum less half of the others'; None for the plain path.
+
+    There is no gradient where nothing is trained.
+    """
     model.eval()
+    if not flat(model.trainable_parameters()):
+        logps = (plain_logps(model, batch) if scorer is None else scorer(batch, gradient=False)).logps
+        mx.eval(logps)
+        return logps, {}
     weight = mx.array([1.0] + [-0.5] * (batch.mask.shape[1] - 1))
 
     def objective(model: nn.Module) -> tuple[mx.array, mx.array]:

@@ -265,7 +265,8 @@ def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
 
 
 def _speed_in_words(stage: Stage) -> str:
-    on = [name.replace("_", " ") for name in LEVERS if getattr(stage.scorer.speed, name)]
+    taken = [name for name in LEVERS if getattr(stage.scorer.speed, name)]
+    on = [name.replace("_", " ") for name in taken if name != "trunk" or stage.scorer.first_adapted > 0]
     return f"{', '.join(on)}; off the plain path by {stage.difference:.1g} nats" if on else "plain path"
 
 

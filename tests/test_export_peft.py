@@ -17,7 +17,7 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import Warned
 from mlx_dpo.export.merge import adapted_layers, base_of, full_weight, merged_weight
-from mlx_dpo.export.peft import export_peft
+from mlx_dpo.export.peft import export_peft, import_peft
 
 
 def exported(folder: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -135,3 +135,41 @@ def test_a_folder_that_holds_something_is_not_written_to(tiny_llama: Path, tmp_p
     (tmp_path / "mine").write_text("")
     with pytest.raises(UsageError, match="exists already"):
         export_peft(ModelConfig(path=str(tiny_llama)), tmp_path / "adapter", tmp_path)
+
+
+def test_a_peft_folder_becomes_an_adapter_that_mlx_lm_loads(tiny_llama: Path, data: DataConfig, tmp_path: Path) -> None:
+    from mlx_lm.utils import load as load_in_mlx_lm
+
+    adapter = write_adapter(tiny_llama, tmp_path / "adapter", rank=4, scale=2.5)
+    export_peft(ModelConfig(path=str(tiny_llama)), adapter, tmp_path / "peft", data=data, verify=False)
+    settings = import_peft(ModelConfig(path=str(tiny_llama)), tmp_path / "peft", tmp_path / "back")
+    assert (settings.rank, settings.scale) == (4, 2.5)
+    tokens = mx.array([[5, 9, 40, 41, 7]])
+    found, expected = (
+        load_in_mlx_lm(str(tiny_llama), adapter_path=str(folder))[0](tokens) for folder in (tmp_path / "back", adapter)
+    )
+    np.testing.assert_allclose(np.array(found), np.array(expected), atol=1e-5)
+    with pytest.raises(UsageError):
+        import_peft(ModelConfig(path=str(tiny_llama)), tmp_path / "peft", tmp_path / "back")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["peft"], "for which model"),
+        (["peft", "--model", "m", "--dtype", "float16"], "--dtype float16 is for GGUF files"),
+        (["file.gguf", "--model", "m"], "--model is for the folder of a PEFT adapter"),
+    ],
+)
+def test_what_an_import_cannot_mean_is_said(
+    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlx_dpo.cli.app import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "peft").mkdir()
+    monkeypatch.setattr("sys.argv", ["mlx-dpo", "import", *arguments, "--output", "out"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())

@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError
 from mlx_dpo.events import OnEvent, Warned, ignore
@@ -83,6 +84,21 @@ def export_peft(
             if has_peft() and not packed and model.quantize_bits is None:
                 found.append(verify_peft(trained, folder, beside, data=data, rows=rows, on_event=on_event))
     return PeftReport(output, len(names), settings["base_model_name_or_path"], tuple(v for v in found if v))
+
+
+def import_peft(model: ModelConfig, adapter: str | Path, output: Path) -> lora.Adapter:
+    """Writes a PEFT adapter for `model` as an adapter folder of mlx-lm's form.
+
+    Raises:
+        UsageError: `output` holds something.
+        ModelError: the folder holds no adapter, or one that mlx-lm's layers cannot be.
+    """
+    check_output(output)
+    tuned, _, _, settings = load_stored(model, adapter)
+    with written_whole(output) as beside:
+        beside.mkdir(exist_ok=True)
+        lora.save(tuned, settings, beside, base=model.path)
+    return settings
 
 
 def hugging_face_names(model: nn.Module, config: dict[str, Any]) -> dict[str, str]:
