@@ -102,13 +102,3 @@ def order_batches(
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     random.shuffle(batches)
     return batches
-
-
-def padding_share(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the tokens a plain pass reads that are padding, from 0 to 1."""
-    padded = real = 0
-    for batch in batches:
-        lengths = [len(rows[i].context(k)) + len(ids) for i in batch for k, ids in enumerate(rows[i].completions)]
-        padded += max(lengths) * len(lengths)
-        real += sum(lengths)
-    return 1 - real / padded

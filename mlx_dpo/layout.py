@@ -6,7 +6,7 @@ pairs is mostly padding where one answer is long; read in groups, each as wide a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -57,25 +57,22 @@ class Layout(NamedTuple):
 def split(batch: Batch, spare: int = SPARE) -> Layout:
     """Prompts without their last token, which each answer begins with: it predicts the answer's first one.
 
-    So a prompt is read for its keys and values alone, and all that is scored comes out of the answers.
+    So a prompt is read for its keys and values alone, and all that is scored comes out of the answers. No prompt is
+    empty.
     """
-    rows, answers, _ = batch.completion.shape
-    lead = np.minimum(batch.prompt_length, 1)
-    before = batch.prompt_length - lead
-    prompts = [batch.prompt[r, : before[r]] for r in range(rows)]
+    before = batch.prompt_length - 1
+    prompts = [batch.prompt[r, : before[r]] for r in range(len(before))]
     lines: list[np.ndarray] = []
     pieces: list[list[Piece]] = []
     for r, k, start in _answers(batch):
-        rest = batch.completion[r, k, : max(batch.completion_length[r, k] - 1, 0)]
-        has_one = batch.completion_length[r, k] > 0
-        first = batch.prompt[r, before[r] : before[r] + (lead[r] if has_one else 0)]
-        lines.append(np.concatenate([first, rest]))
-        pieces.append([(0, r, int(before[r]), len(first)), (len(first), r, start, len(rest))])
+        count = int(batch.completion_length[r, k])
+        last = batch.prompt[r, before[r] : before[r] + min(count, 1)]
+        lines.append(np.concatenate([last, batch.completion[r, k, : max(count - 1, 0)]]))
+        pieces.append([(0, r, int(before[r]), len(last)), (len(last), r, start, len(lines[-1]) - len(last))])
     groups = _groups(lines, pieces, spare)
     own = [[(0, r, 0, len(prompt))] for r, prompt in enumerate(prompts)]
-    return Layout(
-        _groups(prompts, own, spare, all_lines=True), groups, before, _position(batch, groups, np.repeat(lead, answers))
-    )
+    context = np.ones(len(lines), np.int32)
+    return Layout(_groups(prompts, own, spare, all_lines=True), groups, before, _position(batch, groups, context))
 
 
 def whole(batch: Batch, spare: int = SPARE) -> Layout:
@@ -149,3 +146,12 @@ def _position(batch: Batch, groups: Sequence[Group], context: np.ndarray) -> np.
             found[line] = base + at * width + context[line] - 1 + np.arange(columns)
         base += group.tokens.size
     return found.reshape(batch.completion.shape)
+
+
+def padding_share(groups: Iterable[Group]) -> float:
+    """Share of the tokens in these groups that are padding, from 0 to 1."""
+    read = real = 0
+    for group in groups:
+        read += group.tokens.size
+        real += sum(count for pieces in group.pieces for *_, count in pieces)
+    return 1 - real / read

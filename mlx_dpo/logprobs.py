@@ -39,6 +39,9 @@ def wanted_stats(config: RunConfig) -> tuple[str, ...]:
 LEVERS = ("trunk", "shared_prompt", "groups", "completion_head")
 """The fields of `SpeedConfig` that leave work out here; with none of them the plain path is taken."""
 
+OTHER_MODEL = SpeedConfig(trunk=False, shared_prompt=False)
+"""What can be relied on in a model that is not held against its plain path: a reference by name."""
+
 Head = Callable[[mx.array], mx.array]
 
 

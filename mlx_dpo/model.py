@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import redirect_stdout, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -87,19 +87,9 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
         raise UsageError("no model given", "name a folder or a Hub model with --model")
     folder = resolve(config.path, config.revision, weights=weights)
     _check_folder(folder, weights=weights)
-    try:
-        model, settings, form = _read(folder, config, strict=weights)
+    model, settings, form = _read(folder, config, strict=weights)
+    with _readable(folder):
         wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
-    except UsageError:
-        raise
-    except Exception as error:  # mlx-lm, transformers and model code raise of every kind: all mean an unreadable folder
-        said = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
-        hint = (
-            "--trust-remote-code runs code of the model's author"
-            if "trust_remote_code" in str(error)
-            else "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
-        )
-        raise ModelError(f"cannot load the model in {folder}: {said}", hint) from error
     model.freeze()
     model.eval()
     loaded = LoadedModel(model, wrapper._tokenizer, wrapper, settings, folder, config.path, form)
@@ -112,15 +102,30 @@ def _read(folder: Path, config: ModelConfig, *, strict: bool = True) -> tuple[nn
     """A model in the form that `config` asks for, its configuration, and a name for the form; no weight is read yet."""
     from mlx_lm.utils import load_model
 
-    model, settings = load_model(folder, lazy=True, strict=strict, trust_remote_code=config.trust_remote_code)
+    with _readable(folder):
+        model, settings = load_model(folder, lazy=True, strict=strict, trust_remote_code=config.trust_remote_code)
     if not has_weights(folder):
         _give_form(model, settings)
     form = _quantize_on_load(model, settings, config)
     return model, settings, form + "+" + _set_compute_dtype(model, config)
 
 
-def read_weights(loaded: LoadedModel, modules: Iterable[nn.Module] | None = None) -> None:
-    """Reads the weights of a model that was loaded lazily, or of some of its modules.
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # mlx-lm, transformers and model code raise of every kind: all mean an unreadable folder
+        said = shorten(str(error) or type(error).__name__, 300, placeholder=" …")
+        hint = (
+            "--trust-remote-code runs code of the model's author"
+            if "trust_remote_code" in str(error)
+            else "mlx-lm must support the model; `mlx_lm.generate --model …` shows whether it does"
+        )
+        raise ModelError(f"cannot load the model in {folder}: {said}", hint) from error
+
+
+def read_weights(loaded: LoadedModel) -> None:
+    """Reads the weights of a model that was loaded lazily.
 
     Layer by layer: what is read and then converted, quantized or unpacked, is not all in memory at once.
 
@@ -128,23 +133,21 @@ def read_weights(loaded: LoadedModel, modules: Iterable[nn.Module] | None = None
         ModelError: a file cannot be read.
     """
     try:
-        for module in modules or [loaded.model]:
-            for _, layer in module.named_modules():
-                mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
+        for _, layer in loaded.model.named_modules():
+            mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
     except RuntimeError as error:
         raise ModelError(f"the weights in {loaded.path} cannot be read: {error}", "fetch the model again") from error
 
 
 def rest_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
-    """Gives back the memory of the lowest `count` blocks of a model that carries no adapter, and of what else of it
-    a pass from there on does not read; should it be needed again, MLX reads it again.
+    """Gives back the memory of the lowest `count` blocks; should one be needed again, MLX reads it again.
 
     Raises:
-        ModelError: a file cannot be read.
+        ModelError: the model's folder is not what it was.
     """
     fresh, _, _ = _read(loaded.path, config)
-    loaded.model.update(fresh.parameters())
-    read_weights(loaded, loaded.model.layers[count:])
+    for block, unread in zip(loaded.model.layers[:count], fresh.layers, strict=False):
+        block.update(unread.parameters())
 
 
 def is_quantized(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.graph import Graph, as_checkpointed, marked_twice, trace
 from mlx_dpo.layout import Group
-from mlx_dpo.logprobs import Scorer, plain_logps, wanted_stats
+from mlx_dpo.logprobs import OTHER_MODEL, Scorer, plain_logps, wanted_stats
 from mlx_dpo.losses import compute_loss, needs_reference
 from mlx_dpo.optim import make_optimizer
 from mlx_dpo.speed import fallbacks, two_short
@@ -58,10 +58,14 @@ class Phase(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What is to be kept of the frozen blocks' output, bytes, and where: memory, disk, or nowhere."""
+    """What is to be kept of the frozen blocks' output, bytes, and where: memory, disk, or nowhere.
+
+    `at_rest` bytes of weights are then given back, if all rows have their part in it.
+    """
 
     nbytes: int
     where: str
+    at_rest: int = 0
 
     @property
     def is_kept(self) -> bool:
@@ -122,8 +126,7 @@ def describe(draft: Draft) -> Description:
         states = _states(model, speed, batch) if trunk.is_kept else []
         sums = adapter if config.train.grad_accumulation_steps > 1 else 0  # of the micro-batches before
         graph = _gradient(draft, speed, batch, states)
-        at_rest = _unread(graph) if trunk.is_kept else 0
-        return Phase(held + sums + nbytes(states) - at_rest, graph, at_rest=at_rest)
+        return Phase(held + sums + nbytes(states) - trunk.at_rest, graph, at_rest=trunk.at_rest)
 
     tries = fallbacks(config.speed)
     for speed in tries:
@@ -136,17 +139,18 @@ def describe(draft: Draft) -> Description:
                 raise
     for batch in heaviest[1:]:
         phases["a step with more attention"] = step(speed, trunk, batch)
-    at_rest = phases["a step"].at_rest
+    at_rest = trunk.at_rest
     phases["the update"] = _update(draft, weights - at_rest)._replace(at_rest=at_rest)
     scored = make_batch([rows[i] for i in longest], longest)
-    another = weights if config.loss.reference not in ("base", "start", "none") else 0  # as large as this one, say
     if trunk.is_kept:
         graph = _trunk_pass(model, speed, scored)
         phases["frozen blocks"] = Phase(weights + adapter, graph)
     states = _states(model, speed, scored) if trunk.is_kept else []
     graph = _scoring(model, speed, scored, states)
-    at_rest = _unread(graph) if trunk.is_kept else 0
-    phases["log-probs"] = Phase(held + another + nbytes(states) - at_rest, graph, at_rest=at_rest)
+    phases["log-probs"] = Phase(held + nbytes(states) - at_rest, graph, at_rest=at_rest)
+    if config.loss.reference not in ("base", "start", "none"):  # another model, as large as this one, say
+        graph = _scoring(model, OTHER_MODEL, scored, [])
+        phases["the reference"] = Phase(held + weights - at_rest, graph, at_rest=at_rest)
     phases["check of the levers"] = Phase(
         weights + adapter, _plain_gradient(model, make_batch(two_short(rows), [0, 1]))
     )
@@ -169,7 +173,7 @@ def visited_batches(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[lis
 
 
 class Extent(NamedTuple):
-    """How large a micro-batch is: `rows` of up to `answers`, `prompt` and `completion` tokens, `sequence` both.
+    """How large a micro-batch is: `rows` of up to `answers`, the longest prompt and the longest completion.
 
     `tokens` are to be read where each prompt is read once; at `scores` pairs of tokens attention looks, in a head of a
     block.
@@ -179,7 +183,6 @@ class Extent(NamedTuple):
     answers: int
     prompt: int
     completion: int
-    sequence: int
     tokens: int
     scores: int
 
@@ -192,7 +195,6 @@ def extent(rows: Sequence[TokenizedRow]) -> Extent:
         answers=max(len(answers) for _, answers in lengths),
         prompt=max(prompt for prompt, _ in lengths),
         completion=max(max(answers) for _, answers in lengths),
-        sequence=max(length(row) for row in rows),
         tokens=sum(prompt + sum(answers) for prompt, answers in lengths),
         scores=sum(prompt**2 + sum(n * (prompt + n) for n in answers) for prompt, answers in lengths),
     )
@@ -289,7 +291,8 @@ def _gradient(draft: Draft, speed: SpeedConfig, batch: Batch, states: list[mx.ar
     """A micro-batch's gradient as training takes it, from the trunk's `states` where there are any."""
     config, model = draft.config, draft.model
     checkpoint = config.train.grad_checkpoint
-    marks = [mx.array(1.0) for _ in range(4 * len(model.layers))] if checkpoint else []  # two for each of two passes
+    passes = len(Scorer(model, speed).layout(batch).groups)
+    marks = [mx.array(1.0) for _ in range(2 * passes * len(model.layers))] if checkpoint else []  # two for each call
 
     def step(*given: mx.array) -> list[mx.array]:
         trunk = _OfOneBatch(list(given[: len(states)])) if states else None
@@ -317,7 +320,9 @@ def _kept(model: nn.Module, speed: SpeedConfig, rows: Sequence[TokenizedRow]) ->
     sample = scorer.parts.hidden(mx.zeros((1, 1), mx.int32))
     size = sum(row_tokens(row) for row in rows) * sample.nbytes
     room = {"memory": speed.trunk_memory_gb * 1e9, "disk": speed.trunk_disk_gb * 1e9}
-    return Kept(size, next((where for where, most in room.items() if size <= most), "nowhere"))
+    where = next((where for where, most in room.items() if size <= most), "nowhere")
+    rest = where != "nowhere" and all(row.shares_prompt for row in rows)
+    return Kept(size, where, sum(nbytes(block.parameters()) for block in model.layers[: scorer.first_adapted] if rest))
 
 
 def _states(model: nn.Module, speed: SpeedConfig, batch: Batch) -> list[mx.array]:
@@ -328,12 +333,6 @@ def _states(model: nn.Module, speed: SpeedConfig, batch: Batch) -> list[mx.array
     sample = scorer.parts.hidden(mx.zeros((1, 1), mx.int32))
     shapes = [group.tokens.shape for group in scorer.layout(batch).groups]
     return [mx.zeros((*shape, sample.shape[-1]), sample.dtype) for shape in shapes]
-
-
-def _unread(graph: Graph) -> int:
-    """The bytes of a graph's inputs that no operation reads."""
-    read = {array for op in graph.ops for array in op.inputs}
-    return sum(graph.arrays[array].nbytes for array in graph.inputs if array not in read)
 
 
 def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch, states: list[mx.array]) -> Graph:

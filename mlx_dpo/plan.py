@@ -19,6 +19,9 @@ from mlx_dpo.machine import SPARE, Machine
 from mlx_dpo.memory import RUN_AHEAD, Peak, RunAhead, peak_memory
 from mlx_dpo.phases import Description, Draft, Extent, Phase, describe, extent, held_bytes, part_of
 
+BEFORE_OPTIMIZER = ("loading", "check of the levers", "frozen blocks")
+"""Phases in which there is no optimizer yet."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -26,9 +29,9 @@ class Plan:
 
     `peak`: of MLX's arrays at the highest moment, and `parts` what that is for; `phases`: the peak of each phase by
     itself. `least`: the same where MLX waits for results rather than run ahead; with less the run cannot be. `limit`:
-    from where on MLX is to wait. `beside`: what is kept in memory outside MLX, the frozen blocks' output; `on_disk`:
-    the same where it goes to a file. `largest`: what the largest micro-batch is padded to. `speed`: the levers that
-    the model's code takes. `notes`: what is not counted.
+    from where on MLX is to wait. `working`: the most that a phase takes beside what it holds. `beside`: what is kept in
+    memory outside MLX, the frozen blocks' output; `on_disk`: the same where it goes to a file. `largest`: the extent of
+    the largest micro-batch. `speed`: the levers that the model's code takes. `notes`: what is not counted.
     """
 
     peak: int
@@ -36,6 +39,7 @@ class Plan:
     phases: dict[str, int]
     least: int
     limit: int
+    working: int
     beside: int
     on_disk: int
     largest: Extent | None
@@ -61,7 +65,19 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
         least, speed = max(sum(held), loading), draft.config.speed
-        return Plan(least, held._asdict(), {"loading": loading}, least, machine.usable, 0, 0, None, speed, notes), None
+        return Plan(
+            least,
+            held._asdict(),
+            {"loading": loading},
+            least,
+            machine.usable,
+            held.adapter + held.optimizer,
+            0,
+            0,
+            None,
+            speed,
+            notes,
+        ), None
 
     on_gpu = mx.default_device() == mx.gpu
     ahead = RUN_AHEAD["gpu" if on_gpu else "cpu"]
@@ -75,6 +91,8 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     parts = held._asdict()
     if highest in found.phases:
         parts["weights"] -= found.phases[highest].at_rest
+    if highest in BEFORE_OPTIMIZER:
+        del parts["optimizer"]
     for array in evaluated[highest].live if highest in evaluated else ():
         part = part_of(array.shape, found.widths, found.vocabulary)
         parts[part] = parts.get(part, 0) + array.nbytes
@@ -82,7 +100,10 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
         parts["other"] = rest
     kept = {where: found.trunk.nbytes if found.trunk.where == where else 0 for where in ("memory", "disk")}
     beside, on_disk = kept.values()
-    return Plan(phases[highest], parts, phases, least, limit, beside, on_disk, largest, found.speed, notes), found
+    working = max(peak.nbytes for peak in evaluated.values())
+    return Plan(
+        phases[highest], parts, phases, least, limit, working, beside, on_disk, largest, found.speed, notes
+    ), found
 
 
 def _describe(draft: Draft, notes: list[str]) -> Description:

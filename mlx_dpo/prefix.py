@@ -67,7 +67,11 @@ class AnswerCache:
 
     def arrays(self) -> tuple[mx.array, ...]:
         """The keys and values that it reads."""
-        return tuple(array for cache in self.prompts for array in (cache.keys, cache.values) if array is not None)
+        arrays: list[mx.array] = []
+        for cache in self.prompts:
+            assert cache.keys is not None and cache.values is not None
+            arrays += [cache.keys, cache.values]
+        return tuple(arrays)
 
     def reading(self, arrays: Sequence[mx.array]) -> AnswerCache:
         """The same with other arrays in place of `arrays()`."""

@@ -17,13 +17,13 @@ import mlx.core as mx
 from mlx_dpo import lora, reference
 from mlx_dpo.arrays import Kind
 from mlx_dpo.batching import length, make_batch, order_batches
-from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, RunConfig, SpeedConfig
+from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, RunConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.encode import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.following import FollowingReference
-from mlx_dpo.logprobs import Scorer
+from mlx_dpo.logprobs import OTHER_MODEL, Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.machine import Machine, limit_memory, this_machine
 from mlx_dpo.model import LoadedModel, has_weights, load, read_weights, rest_blocks
@@ -89,8 +89,7 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
     trunk = TrunkStore(everything, *budget, places) if speed.trunk else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
     if _fill_trunk(scorer, config.train.batch_size, everything, places, on_event):
-        with lora.switched_off(loaded.model):
-            rest_blocks(loaded, config.model, scorer.first_adapted)
+        rest_blocks(loaded, config.model, scorer.first_adapted)
     known = None
     if needs_reference(config.loss):
         known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
@@ -100,7 +99,7 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
 
 def _settle_memory(draft: Draft, on_event: OnEvent) -> tuple[Draft, Plan]:
     draft, plan = settle_memory(draft, this_machine(), on_event)
-    limit_memory(plan.limit, plan.peak - plan.parts["weights"])
+    limit_memory(plan.limit, plan.working)
     return draft, plan
 
 
@@ -219,6 +218,7 @@ def _fill_trunk(
     """
     if scorer.trunk is None or scorer.first_adapted == 0:
         return False
+    visited = len(places)
     places = [i for i in places if rows[i].shares_prompt]
     places.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
     for start in range(0, len(places), batch_size):
@@ -238,7 +238,7 @@ def _fill_trunk(
                 "computed in every step, since speed.trunk_memory_gb and speed.trunk_disk_gb have no room for it"
             )
         )
-    return not scorer.trunk.no_room
+    return not scorer.trunk.no_room and len(places) == visited
 
 
 def kind_of(loss: LossConfig) -> Kind:
@@ -269,7 +269,7 @@ def _reference(
     wanted, size = config.loss.reference, config.train.batch_size
     if wanted not in ("base", "start"):
         other = _reference_model(config, loaded)
-        plain = Scorer(other.model, SpeedConfig(trunk=False, shared_prompt=False))
+        plain = Scorer(other.model, OTHER_MODEL)
         digest = reference.model_digest(other, with_adapter=True)
         return reference.compute_reference(plain, rows, digest, batch_size=size, places=places, on_event=on_event)
     from_base = wanted == "base" or not config.model.adapter

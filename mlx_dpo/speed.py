@@ -15,6 +15,7 @@ from mlx_dpo.batching import Batch, length, make_batch
 from mlx_dpo.config import SpeedConfig
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.events import OnEvent, Warned, ignore
+from mlx_dpo.layout import NEVER
 from mlx_dpo.logprobs import LEVERS, Scorer, plain_logps
 from mlx_dpo.trunk import TrunkStore
 
@@ -46,17 +47,20 @@ def settle(
     *tries, plain = fallbacks(speed)
     complaint = ""
     for candidate in tries:
-        scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=TrunkStore(two, 1e12, 0), spare=0)
+        difference = relative = 0.0
         try:
-            scorer(batch, gradient=False)  # fills the trunk
-            found, gradient = _measure(model, batch, scorer)
+            for spare in (NEVER, 0):  # all sequences in one group, and every length in its own
+                trunk = TrunkStore(two, 1e12, 0)
+                scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=trunk, spare=spare)
+                scorer(batch, gradient=False)  # fills the trunk
+                found, gradient = _measure(model, batch, scorer)
+                difference = max(difference, float(mx.abs(found - expected).max()))
+                relative = max(relative, _relative(gradient, expected_gradient))
         except (
             Exception
         ) as error:  # a model may do anything with a cache or a block it did not make: then it is left out
             complaint = complaint or f"{type(error).__name__}: {error}"
             continue
-        difference = float(mx.abs(found - expected).max())
-        relative = _relative(gradient, expected_gradient)
         if difference <= tolerance and relative <= 10 * tolerance:
             off = [name for name in LEVERS if getattr(speed, name) and not getattr(candidate, name)]
             if off:

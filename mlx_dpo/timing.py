@@ -11,6 +11,7 @@ from math import ceil, prod
 import mlx.core as mx
 
 from mlx_dpo.graph import Graph, Op
+from mlx_dpo.losses import needs_reference
 from mlx_dpo.memory import RESHAPES, VIEWS
 from mlx_dpo.phases import Description, Draft, Widths, extent, part_of
 
@@ -100,14 +101,20 @@ def estimate(draft: Draft, found: Description) -> Timing:
     if not train.iters:
         micro = max(micro, ceil(train.epochs * ceil(draft.train_rows / train.batch_size)))
     longest = [rows[i] for i in found.longest]
-    passes = [name for name in ("log-probs", "frozen blocks") if name in found.phases]
-    scoring, *frozen = [_a_token(found.phases[name].graph, found, speeds, extent(longest).tokens) for name in passes]
+    seconds = {
+        name: _a_token(phase.graph, found, speeds, extent(longest).tokens)
+        for name, phase in found.phases.items()
+        if name in ("log-probs", "frozen blocks", "the reference")
+    }
+    scoring = seconds.pop("log-probs")
+    if needs_reference(config.loss):
+        seconds.setdefault("the reference", scoring)
     held_out = sum(extent([row]).tokens for row in rows[draft.train_rows :])
     trained = sum(extent([rows[i]]).tokens for i in {i for batch in found.batches for i in batch})
     steps = micro / train.grad_accumulation_steps
     evaluations = 1 + ceil(steps / train.steps_per_eval) if train.steps_per_eval else 2
     phases = {
-        "reference and frozen blocks, once": (scoring + sum(frozen)) * (trained + held_out),
+        "reference and frozen blocks, once": sum(seconds.values()) * (trained + held_out),
         "training": sum(parts.values()) * micro,
         "evaluation": scoring * held_out * evaluations,
     }

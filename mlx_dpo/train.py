@@ -15,7 +15,7 @@ from mlx.utils import tree_map
 
 from mlx_dpo import reference
 from mlx_dpo.arrays import flat
-from mlx_dpo.batching import Batch, make_batch, padding_share
+from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.config import RunConfig
 from mlx_dpo.errors import RunError
@@ -24,6 +24,7 @@ from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, 
 from mlx_dpo.export.card import write_card
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.interrupt import deferred_interrupt
+from mlx_dpo.layout import padding_share
 from mlx_dpo.logprobs import LEVERS, wanted_stats
 from mlx_dpo.losses import check_loss_config, compute_loss
 from mlx_dpo.machine import own_limits
@@ -245,7 +246,7 @@ def _facts(stage: Stage) -> dict[str, str]:
         "loss": f"{config.loss.type}, β {config.loss.beta:g}",
         "reference": _reference_in_words(stage),
         "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
-        "padding": f"{100 * padding_share(stage.rows, stage.batches(0)):.0f} % of the tokens in a batch",
+        "padding": f"{100 * _padding(stage):.0f} % of the tokens that are read",
         "speed": _speed_in_words(stage),
         "memory": _memory_in_words(stage),
         "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
@@ -262,6 +263,12 @@ def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
                 "fine-tuning it should be the latter: --reference start"
             )
         )
+
+
+def _padding(stage: Stage) -> float:
+    """Share of the tokens that are read which is padding, in the first batches, from 0 to 1."""
+    batches = [make_batch([stage.rows[i] for i in places], places) for places in stage.batches(0)[:64]]
+    return padding_share(group for batch in batches for group in stage.scorer.layout(batch).groups)
 
 
 def _speed_in_words(stage: Stage) -> str:

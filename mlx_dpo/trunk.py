@@ -1,7 +1,7 @@
 """The trunk once: what the frozen blocks below the first adapted one give for a row never changes.
 
-Their output is kept when it is first computed, in the reference pass or in the first epoch, within a stated budget of
-memory and then of disk. From then on a step begins at the first adapted block. Exact: the same numbers, read instead
+Their output is computed before the first step, and kept within a stated budget of memory and then of disk. From then on
+a step begins at the first adapted block. Exact: the same numbers, read instead
 of computed. Causal blocks only, in which a prompt's states do not depend on the answer behind it.
 """
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_dpo.batching import WINDOW, length, make_batch, order_batches, padding_share
+from mlx_dpo.batching import WINDOW, length, make_batch, order_batches
 from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.layout import NEVER, padding_share
+from mlx_dpo.layout import whole as whole_sequences
 
 
 def row(prompt: int, *answers: int, starts: tuple[int, ...] = (), ranks: tuple[float, ...] = ()) -> TokenizedRow:
@@ -139,13 +141,11 @@ def test_batches_are_of_like_length_but_do_not_drift_from_short_to_long() -> Non
     rows = rows_of_many_lengths(4 * WINDOW * 4)
     batches = order_batches(rows, 4, seed=0, epoch=0, shuffle=True)
     in_file_order = order_batches(rows, 4, seed=0, epoch=0, shuffle=False)
-    assert padding_share(rows, batches) < padding_share(rows, in_file_order) / 5
+
+    def padding(cut: list[list[int]]) -> float:
+        made = [make_batch([rows[i] for i in batch], batch) for batch in cut]
+        return padding_share(group for batch in made for group in whole_sequences(batch, NEVER).groups)
+
+    assert padding(batches) < padding(in_file_order) / 5
     means = [np.mean([length(rows[i]) for i in batch]) for batch in batches]
     assert abs(np.corrcoef(range(len(means)), means)[0, 1]) < 0.25
-
-
-def test_the_share_of_padding_is_counted_over_whole_sequences() -> None:
-    """Sequences of 5, 3, 2, 2 tokens in one batch: 4 * 5 places, 12 real tokens, 8 of 20 padding."""
-    rows = [row(2, 3, 1), row(1, 1, 1)]
-    assert padding_share(rows, [[0, 1]]) == pytest.approx(8 / 20)
-    assert padding_share(rows, [[0], [1]]) == pytest.approx(1 - 12 / 14)

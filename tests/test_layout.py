@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
 
 from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.encode import TokenizedRow
-from mlx_dpo.layout import Layout, alike, split, whole
+from mlx_dpo.layout import NEVER, Layout, alike, padding_share, split, whole
+
+Reader = Callable[[Batch, int], Layout]
 
 
-def some_batch(prompts: tuple[int, ...] = (5, 1, 0, 40), answers: tuple[tuple[int, ...], ...] = ()) -> Batch:
+def some_batch(prompts: tuple[int, ...] = (5, 1, 2, 40), answers: tuple[tuple[int, ...], ...] = ()) -> Batch:
     """Every token a number of its own."""
     numbers = itertools.count(1)
     lengths = answers or ((3, 1), (2, 30), (1, 4), (2,))
@@ -69,9 +71,9 @@ def predictors(layout: Layout, batch: Batch) -> dict[int, int]:
 
 @pytest.mark.parametrize("spare", [0, 4, 1000])
 @pytest.mark.parametrize("read", [split, whole])
-def test_each_scored_token_is_predicted_by_the_token_before_it(read: type, spare: int) -> None:
+def test_each_scored_token_is_predicted_by_the_token_before_it(read: Reader, spare: int) -> None:
     batch = some_batch()
-    layout: Layout = read(batch, spare)
+    layout = read(batch, spare)
     expected = {}
     for r, k in np.ndindex(*batch.completion_length.shape):
         prompt = batch.prompt[r, : batch.prompt_length[r]].tolist()
@@ -80,30 +82,37 @@ def test_each_scored_token_is_predicted_by_the_token_before_it(read: type, spare
     assert predictors(layout, batch) == expected
 
 
-def test_no_token_of_a_prompt_is_read_twice_but_the_last_one() -> None:
+def test_each_token_is_read_once_but_a_prompts_last_one_for_each_answer() -> None:
     batch = some_batch()
-    layout = split(batch, 0)
-    read = np.concatenate([group.tokens.reshape(-1) for group in layout.groups])
-    times = np.bincount(read[read > 0])
-    last = {
-        int(batch.prompt[r, n - 1]): int((batch.completion_length[r] > 0).sum())
-        for r, n in enumerate(batch.prompt_length)
-        if n
-    }
-    for token in range(1, len(times)):
-        assert times[token] <= last.get(token, 1)
+    read = np.concatenate([group.tokens.reshape(-1) for group in split(batch, 0).groups])
+    expected: dict[int, int] = {}
+    for r, k in np.ndindex(*batch.completion_length.shape):
+        answer = batch.completion[r, k, : batch.completion_length[r, k]].tolist()
+        expected |= dict.fromkeys(answer[:-1], 1) | dict.fromkeys(answer[-1:], 0)
+    for r, length in enumerate(batch.prompt_length):
+        *prompt, last = batch.prompt[r, :length].tolist()
+        expected |= dict.fromkeys(prompt, 1) | {last: int((batch.completion_length[r] > 0).sum())}
+    assert {token: int((read == token).sum()) for token in expected} == expected
 
 
 @pytest.mark.parametrize("read", [split, whole])
-def test_the_pieces_are_all_of_a_rows_states(read: type) -> None:
-    prompts, counts = (5, 1, 40), ((3, 1), (2, 30), (2, 2))
-    batch = some_batch(prompts, counts)
-    wanted = [prompt + sum(n - 1 for n in answers) for prompt, answers in zip(prompts, counts, strict=True)]
-    seen = [np.zeros(count, bool) for count in wanted]
-    for group in read(batch, 0).groups:
-        for line, pieces in zip(group.lines, group.pieces, strict=True):
-            assert line >= 0
-            for _, row, start, count in pieces:
-                assert start + count <= wanted[row]
-                seen[row][start : start + count] = True
-    assert all(row.all() for row in seen)
+def test_the_pieces_are_all_of_a_rows_states_and_lie_where_they_say(read: Reader) -> None:
+    batch = some_batch()
+    for r, lengths in enumerate(batch.completion_length):
+        tokens = batch.prompt[r, : batch.prompt_length[r]].tolist()
+        for k, count in enumerate(lengths):
+            tokens += batch.completion[r, k, : max(count - 1, 0)].tolist()
+        found: dict[int, set[int]] = {}
+        for group in read(batch, 4).groups:
+            for line, pieces in zip(group.tokens, group.pieces, strict=True):
+                for column, row, start, count in pieces:
+                    for i in range(count if row == r else 0):
+                        found.setdefault(start + i, set()).add(int(line[column + i]))
+        assert found == {place: {token} for place, token in enumerate(tokens)}
+
+
+def test_padding_is_counted_over_what_is_read() -> None:
+    """Prompts of 4 and 0 tokens without their last, answers of 3, 1, 2 and 30 with it: 4 + 36 real tokens."""
+    batch = some_batch((5, 1), ((3, 1), (2, 30)))
+    assert padding_share(split(batch, NEVER).groups) == pytest.approx(1 - 40 / (2 * 4 + 4 * 30))
+    assert padding_share(split(batch, 0).groups) == pytest.approx(1 / 41), "a prompt without tokens is one of padding"

@@ -202,7 +202,7 @@ def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
 
 
-@pytest.mark.parametrize("arch", ["llama", "mamba2"])
+@pytest.mark.parametrize("arch", ["llama", "mamba2", "gemma2"])
 def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     said: list[object] = []
@@ -210,11 +210,11 @@ def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, 
     assert speed == SpeedConfig(shared_prompt=arch == "llama")
     assert difference < 1e-4
     assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (
-        arch == "mamba2"
+        arch != "llama"
     )
 
 
-@pytest.mark.parametrize("arch", ["llama", "mamba2"])
+@pytest.mark.parametrize("arch", ["llama", "mamba2", "gemma2"])
 def test_settle_holds_log_probs_alone_where_nothing_is_trained(arch: str, tmp_path: Path) -> None:
     loaded = load(ModelConfig(path=str(tiny_model_folder(tmp_path, arch))))
     speed, difference = settle(loaded.model, random_rows(len(loaded.tokenizer)), SpeedConfig(trunk=False))

@@ -28,6 +28,7 @@ from mlx_dpo.config import (
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.errors import DataError, MlxDpoError, RunError
 from mlx_dpo.events import Evaluated, Event, Phase, Saved, Started, Stepped, Warned
+from mlx_dpo.logprobs import LEVERS
 from mlx_dpo.model import load
 from mlx_dpo.prepare import mismatched
 from mlx_dpo.train import TrainResult, train
@@ -195,7 +196,7 @@ def test_checkpointed_gradients_are_the_same_gradients(settings: RunConfig, tmp_
 
 def test_the_speed_levers_change_no_result(settings: RunConfig, tmp_path: Path) -> None:
     train(settings)
-    off = SpeedConfig(shared_prompt=False, completion_head=False, trunk=False)
+    off = SpeedConfig(**dict.fromkeys(LEVERS, False))
     train(replace(change(settings, train={"output": str(tmp_path / "plain")}), speed=off))
     assert furthest(tmp_path / "run", tmp_path / "plain") < 1e-5
 

@@ -9,7 +9,7 @@ import typer
 
 from mlx_dpo.cli.console import stderr
 from mlx_dpo.cli.options import Quiet
-from mlx_dpo.errors import UsageError
+from mlx_dpo.errors import ModelError, UsageError
 
 Source = Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file, or the folder of a PEFT adapter.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")]
@@ -31,6 +31,8 @@ def import_model(
       mlx-dpo import smollm2.q4_1.gguf --output smollm2-float32 --dtype float32
       mlx-dpo import peft-adapter --model MODEL --output runs/theirs
     """
+    if not file.exists():
+        raise ModelError(f"there is no {file}", "give a GGUF file, or the folder of a PEFT adapter")
     if file.is_dir():
         _import_adapter(file, output, dtype, model, quiet)
         return

@@ -27,8 +27,6 @@ from mlx_dpo.reference import reference_batch
 from mlx_dpo.train import make_step
 
 T = TypeVar("T")
-PASSES = {1: ("whole sequences, forward",), 2: ("prompts, forward", "answers, forward")}
-"""Names of the forward passes through the blocks by how many there are."""
 
 
 class Clock:
@@ -57,7 +55,7 @@ class Clock:
 def run(spec: dict[str, Any]) -> None:
     """Measures every batch's step as a whole and by part, and writes the medians.
 
-    The reference pass leaves the trunk known, so these are steps as they are from the second epoch on.
+    The trunk is known before the first step, so these are steps as they are from the second epoch on.
     """
     stage = prepare(run_config(spec))
     optimizer = make_optimizer(stage.config.optim)
@@ -149,8 +147,10 @@ def _forward(stage: Stage, batch: Batch, clock: Clock) -> tuple[float, float]:
         for owner, name, _ in replaced:
             if owner is not None:
                 delattr(owner, name)
-    for name, seconds in zip(PASSES.get(len(passes), ()), passes, strict=True):
-        clock.note(name, seconds)
+    prompts = len(scorer.layout(batch).prompts)
+    if prompts:
+        clock.note("prompts, forward", sum(passes[:prompts]))
+    clock.note("answers, forward" if prompts else "whole sequences, forward", sum(passes[prompts:]))
     if fetched:
         clock.note("trunk, fetched", sum(fetched))
     clock.note("head, with its gradient", whole - sum(passes) - sum(fetched))
