@@ -6,18 +6,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_dpo.errors import MlxDpoError
+
 LINES = {"mlx_dpo": "-o", "plain": "-s"}
 
 
 def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
-    """Four pictures in one file: seconds a step and peak memory, by the prompt's length and by the answers'."""
-    import matplotlib
+    """Seconds a step and peak memory in one file, by the prompt's length and by the answers', as far as measured.
 
+    Raises:
+        MlxDpoError: matplotlib is missing.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise MlxDpoError("the figure needs matplotlib", "pip install matplotlib") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 7), layout="constrained")
-    for column, length in enumerate(("prompt", "answer")):
+    sweeps = [length for length in ("prompt", "answer") if any(point["sweep"] == length for point in points)]
+    size_of_figure = (5 * len(sweeps), 7)
+    figure, axes = pyplot.subplots(2, len(sweeps), figsize=size_of_figure, layout="constrained", squeeze=False)
+    for column, length in enumerate(sweeps):
         swept = [p for p in points if p["sweep"] == length and "error" not in p]
         for who, style in LINES.items():
             line = [p for p in swept if p["who"] == who]
