@@ -55,16 +55,17 @@ def verify_gguf(
     """Compare a model file, with an adapter file on top where one is given, with what it was made from.
 
     `log_probs` computes the same in MLX, `adapter_off` without the adapter: the check must tell the two apart, so that
-    an adapter that does nothing cannot pass. `positions` a row are compared, spread over it. Raises MlxDpoError, with
-    the numbers, when a log-prob differs by more than `tolerance`, or when llama.cpp is not clearly nearer to the model
-    with the adapter than to the one without.
+    an adapter that does nothing cannot pass. `positions` a row are compared, spread over those that predict one of its
+    tokens. Raises MlxDpoError, with the numbers, when a log-prob differs by more than `tolerance`, or when llama.cpp is
+    not clearly nearer to the model with the adapter than to the one without.
     """
     longest = max(len(row) for row in rows)
     llama = open_llama_cpp(model_gguf, adapter_gguf, context=longest + 8)
     differences, controls = [], []
     for row in rows:
         on, off = log_probs(row), adapter_off(row) if adapter_off else None
-        for i in sorted({round(i) for i in np.linspace(0, len(row) - 1, min(positions, len(row)))}):
+        last = max(len(row) - 2, 0)  # behind the end of a text nothing follows, and rounding there is tenfold
+        for i in sorted({round(i) for i in np.linspace(0, last, min(positions, last + 1))}):
             found = next_log_probs(llama, row[: i + 1], LIKELY)
             likely = np.isfinite(found)
             differences.append(np.abs(found - on[i])[likely])
