@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dpo.prefix import AnswerCache, PromptCache
+from mlx_dpo.prefix import PromptCache
 
 Twice = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A transform of functions, such as `mx.checkpoint`."""
@@ -59,8 +59,8 @@ class Heard(Block):
 class Checkpointed(Block):
     """Keeps its input instead of its activations, and computes them again for the backward pass (Chen et al. 2016).
 
-    What is computed twice must be a pure function, or the second time differs from the first: keys and values of the
-    prompt go in as arguments and come out as results, instead of lying in a cache that the block changes.
+    What is computed twice must be a pure function, or the second time differs from the first: keys and values go in as
+    arguments and come out as results, instead of lying in a cache that the block changes.
     `twice` makes of a function one that is computed again when its gradient is taken.
     """
 
@@ -69,30 +69,25 @@ class Checkpointed(Block):
         self._twice = twice
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache | AnswerCache)), None)
-        before = cache.arrays() if isinstance(cache, AnswerCache) else ()
+        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache)), None)
+        before = cache.arrays() if cache is not None else ()
+        now = cache.reading(before) if cache is not None else None  # the cache reads on before this is computed again
         parameters = self._block.trainable_parameters()
 
         def pure(parameters: dict[str, Any], x: mx.array, *before: mx.array) -> Any:
-            local = _local(cache, before)
-            swap = {id(cache): local} if cache is not None else {}
+            local = now.reading(before) if now is not None else None
+            swap = {id(cache): local}
             self._block.update(parameters)
             out = self._block(
                 x,
                 *[swap.get(id(a), a) for a in args],
                 **{name: swap.get(id(a), a) for name, a in kwargs.items()},
             )
-            return (out, local.keys, local.values) if isinstance(local, PromptCache) else out
+            return (out, *local.pieces[-1]) if local is not None else out
 
         out = self._twice(pure)(parameters, x, *before)
         self._block.update(parameters)
-        if isinstance(cache, PromptCache):
-            out, cache.keys, cache.values = out
+        if cache is not None:
+            out, keys, values = out
+            cache.pieces.append((keys, values))
         return out
-
-
-def _local(cache: PromptCache | AnswerCache | None, before: tuple[mx.array, ...]) -> PromptCache | AnswerCache | None:
-    """A cache of the same kind that holds nothing but its arguments."""
-    if isinstance(cache, AnswerCache):
-        return cache.reading(before)
-    return PromptCache() if cache is not None else None

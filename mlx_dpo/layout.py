@@ -7,6 +7,7 @@ pairs is mostly padding where one answer is long; read in groups, each as wide a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -133,6 +134,13 @@ def alike(lengths: Sequence[int], spare: int) -> list[list[int]]:
         groups.append(sorted(order[cut[end] : end]))
         end = cut[end]
     return groups[::-1]
+
+
+def prefill_steps(width: int, size: int) -> list[tuple[int, int]]:
+    """Where each step begins and ends in which `width` tokens are read: equal ones of about `size`, or one for 0."""
+    count = max(1, round(width / size)) if size else 1
+    cuts = [width * i // count for i in range(count + 1)]
+    return list(pairwise(cuts))
 
 
 def _position(batch: Batch, groups: Sequence[Group], context: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ runs on the positions that predict a completion token and on no other, in chunks
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from mlx_dpo.arrays import TokenLogps, flat
 from mlx_dpo.batching import Batch
 from mlx_dpo.blocks import Block, Checkpointed, Fed, Heard, Skipped, Twice
 from mlx_dpo.config import RunConfig, SpeedConfig
-from mlx_dpo.layout import NEVER, SPARE, Layout, split, whole
+from mlx_dpo.layout import NEVER, SPARE, Group, Layout, prefill_steps, split, whole
 from mlx_dpo.parts import Parts, take_apart
 from mlx_dpo.prefix import AnswerCache, PromptCache
 from mlx_dpo.trunk import TrunkStore, first_adapted
@@ -36,8 +36,14 @@ def wanted_stats(config: RunConfig) -> tuple[str, ...]:
     return STATS if config.train.token_metrics else weigh
 
 
-LEVERS = ("trunk", "shared_prompt", "groups", "completion_head")
-"""The fields of `SpeedConfig` that leave work out here; with none of them the plain path is taken."""
+LEVERS: dict[str, Any] = {
+    "trunk": False,
+    "prefill_step_size": 0,
+    "shared_prompt": False,
+    "groups": False,
+    "completion_head": False,
+}
+"""The fields of `SpeedConfig` that leave work out here, switched off: `SpeedConfig(**LEVERS)` is the plain path."""
 
 OTHER_MODEL = SpeedConfig(trunk=False, shared_prompt=False)
 """What can be relied on in a model that is not held against its plain path: a reference by name."""
@@ -159,33 +165,54 @@ class Scorer:
         prompts: list[list[PromptCache]] = []  # by group, by block
         for group in layout.prompts:
             prompts.append([PromptCache() for _ in self.model.layers])
-            blocks = self._blocks(listener, len(prompts) - 1)
-            self.parts.hidden(mx.array(group.tokens), cache=prompts[-1], layers=blocks)
+            self._pass(group, prompts[-1], listener, len(prompts) - 1)
         picks = {r: (g, i) for g, group in enumerate(layout.prompts) for i, r in enumerate(group.lines)}
         answers = layout.position.shape[1]
         states = []
         for g, group in enumerate(layout.answers, len(prompts)):
             rows = [line // answers for line in group.lines]
-            caches = [
+            caches: list[PromptCache] = [
                 AnswerCache(of_block, [picks[r] for r in rows], layout.before[rows])
                 for of_block in zip(*prompts, strict=True)
             ]
-            blocks = self._blocks(listener, g)
-            hidden = self.parts.hidden(mx.array(group.tokens), cache=caches or None, layers=blocks)
+            hidden = self._pass(group, caches, listener, g)
             states.append(hidden.reshape(-1, hidden.shape[-1]))
         return mx.concatenate(states)
 
-    def _blocks(self, listener: _Listener, which: int) -> list[Block]:
+    def steps(self, group: Group) -> list[tuple[int, int]]:
+        """The columns of a group that are read at a time; all of them where blocks share no keys and values."""
+        return prefill_steps(group.tokens.shape[1], self.speed.prefill_step_size if self.speed.shared_prompt else 0)
+
+    def _pass(self, group: Group, caches: list[PromptCache], listener: _Listener, which: int) -> mx.array:
+        """Hidden states `[n, width, hidden]` of a group, read on top of its `caches`."""
+        assert self.parts is not None
+        steps = self.steps(group)
+        if len(steps) > 1 and not caches:
+            caches = [PromptCache() for _ in self.model.layers]
+        hidden = []
+        heard: list[mx.array] | None = [] if listener.heard is not None else None
+        for start, end in steps:
+            for cache in caches:
+                cache.read = start
+            fed = listener.fed[which][:, start:end] if listener.fed is not None else None
+            blocks = self._blocks(fed, heard)
+            tokens = mx.array(group.tokens[:, start:end])
+            hidden.append(self.parts.hidden(tokens, cache=caches or None, layers=blocks))
+        if listener.heard is not None and heard:
+            listener.heard.append(mx.concatenate(heard, axis=1))
+        return mx.concatenate(hidden, axis=1)
+
+    def _blocks(self, fed: mx.array | None, heard: list[mx.array] | None) -> list[Block]:
         """The blocks for one pass: frozen ones left out or listened to, adapted ones checkpointed if asked for."""
         blocks: list[Block] = [Block(block) for block in self.model.layers]
         first = self.first_adapted
         if self.checkpoint and self.model.training:
             blocks[first:] = [Checkpointed(block, self.twice) for block in self.model.layers[first:]]
-        if first < len(blocks) and listener.fed is not None:
+        if first < len(blocks) and fed is not None:
             blocks[:first] = [Skipped(block) for block in self.model.layers[:first]]
-            blocks[first] = Fed(blocks[first], listener.fed[which])
-        elif first < len(blocks) and listener.heard is not None:
-            blocks[first] = Heard(blocks[first], listener.heard.append)
+            blocks[first] = Fed(blocks[first], fed)
+        elif first < len(blocks) and heard is not None:
+            blocks[first] = Heard(blocks[first], heard.append)
         return blocks
 
 

@@ -20,6 +20,7 @@ from mlx_dpo.arrays import Kind, flat
 from mlx_dpo.batching import Batch, length, make_batch, order_batches
 from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.encode import TokenizedRow
+from mlx_dpo.extents import Widths, attention_widths, extent
 from mlx_dpo.graph import Graph, as_checkpointed, marked_twice, trace
 from mlx_dpo.layout import Group
 from mlx_dpo.logprobs import OTHER_MODEL, Scorer, plain_logps, wanted_stats
@@ -155,7 +156,7 @@ def describe(draft: Draft) -> Description:
         weights + adapter, _plain_gradient(model, make_batch(two_short(rows), [0, 1]))
     )
     vocabulary = model(mx.zeros((1, 1), mx.int32)).shape[-1]
-    widths = _widths(Scorer(model, speed), [*heaviest, scored])
+    widths = attention_widths(Scorer(model, speed), [*heaviest, scored])
     return Description(phases, batches, heaviest[0], longest, speed, trunk, vocabulary, widths)
 
 
@@ -170,65 +171,6 @@ def visited_batches(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[lis
         if len(found) >= wanted:
             break
     return found
-
-
-class Extent(NamedTuple):
-    """How large a micro-batch is: `rows` of up to `answers`, the longest prompt and the longest completion.
-
-    `tokens` are to be read where each prompt is read once; at `scores` pairs of tokens attention looks, in a head of a
-    block.
-    """
-
-    rows: int
-    answers: int
-    prompt: int
-    completion: int
-    tokens: int
-    scores: int
-
-
-def extent(rows: Sequence[TokenizedRow]) -> Extent:
-    """The extent of a micro-batch of these rows."""
-    lengths = [(len(row.prompt), [len(ids) for ids in row.completions]) for row in rows]
-    return Extent(
-        rows=len(rows),
-        answers=max(len(answers) for _, answers in lengths),
-        prompt=max(prompt for prompt, _ in lengths),
-        completion=max(max(answers) for _, answers in lengths),
-        tokens=sum(prompt + sum(answers) for prompt, answers in lengths),
-        scores=sum(prompt**2 + sum(n * (prompt + n) for n in answers) for prompt, answers in lengths),
-    )
-
-
-class Widths(NamedTuple):
-    """How many tokens look (`queries`), and at how many (`keys`), in the arrays of some micro-batches."""
-
-    queries: frozenset[int]
-    keys: frozenset[int]
-
-
-def part_of(shape: tuple[int, ...], widths: Widths, vocabulary: int) -> str:
-    """What an array of a micro-batch is for: nothing but the head has the vocabulary's width, nothing but attention
-    looks from tokens at tokens.
-    """
-    if shape[-1:] == (vocabulary,):
-        return "head"
-    if len(shape) >= 4 and shape[-1] in widths.keys and shape[-2] in widths.queries:
-        return "attention scores"
-    if len(shape) == 4 and shape[-2] in widths.keys:
-        return "queries, keys, values"
-    return "activations"
-
-
-def _widths(scorer: Scorer, batches: Sequence[Batch]) -> Widths:
-    queries, keys = set[int](), set[int]()
-    for batch in batches:
-        layout, answers = scorer.layout(batch), batch.completion.shape[1]
-        queries |= {batch.tokens.shape[1], *(group.tokens.shape[1] for group in layout.groups)}
-        for group in layout.answers:
-            behind = max(1, int(layout.before[[line // answers for line in group.lines]].max()))
-            keys |= {group.tokens.shape[1] + behind}
-    return Widths(frozenset(queries), frozenset(queries | keys))
 
 
 def _heaviest(rows: Sequence[TokenizedRow], batches: Sequence[list[int]]) -> list[list[int]]:
@@ -291,7 +233,8 @@ def _gradient(draft: Draft, speed: SpeedConfig, batch: Batch, states: list[mx.ar
     """A micro-batch's gradient as training takes it, from the trunk's `states` where there are any."""
     config, model = draft.config, draft.model
     checkpoint = config.train.grad_checkpoint
-    passes = len(Scorer(model, speed).layout(batch).groups)
+    scorer = Scorer(model, speed)
+    passes = sum(len(scorer.steps(group)) for group in scorer.layout(batch).groups)
     marks = [mx.array(1.0) for _ in range(2 * passes * len(model.layers))] if checkpoint else []  # two for each call
 
     def step(*given: mx.array) -> list[mx.array]:

@@ -12,12 +12,13 @@ from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.encode import truncate
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
+from mlx_dpo.extents import Extent, extent, part_of
 from mlx_dpo.graph import Unknown
 from mlx_dpo.lora import LEAVES
 from mlx_dpo.losses import row_separable
 from mlx_dpo.machine import SPARE, Machine
 from mlx_dpo.memory import RUN_AHEAD, Peak, RunAhead, peak_memory
-from mlx_dpo.phases import Description, Draft, Extent, Phase, describe, extent, held_bytes, part_of
+from mlx_dpo.phases import Description, Draft, Phase, describe, held_bytes
 
 BEFORE_OPTIMIZER = ("loading", "check of the levers", "frozen blocks")
 """Phases in which there is no optimizer yet."""

@@ -146,6 +146,7 @@ RULES: dict[str, tuple[str, Test]] = {
     "optim.warmup_ratio": ("between 0 and 1", lambda x: 0 <= x <= 1),
     "optim.warmup_steps": not_negative,
     "optim.max_grad_norm": not_negative,
+    "speed.prefill_step_size": not_negative,
     "speed.trunk_memory_gb": not_negative,
     "speed.trunk_disk_gb": not_negative,
     "train.output": ("the name of a folder", lambda path: path != ""),

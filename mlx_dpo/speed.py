@@ -22,6 +22,9 @@ from mlx_dpo.trunk import TrunkStore
 CUT = (24, 12)
 """Tokens of the prompt and of each answer that the comparison with the plain path reads at most."""
 
+SHORT_STEP = 6
+"""Tokens that it reads at a time, where a run reads them in steps: several of them make a prompt, and an answer."""
+
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.15, mx.float16: 0.03}
 """Largest difference of a token's log-prob that rounding explains, by the dtype a model computes in, nats."""
 
@@ -51,7 +54,8 @@ def settle(
         try:
             for spare in (NEVER, 0):  # all sequences in one group, and every length in its own
                 trunk = TrunkStore(two, 1e12, 0)
-                scorer = Scorer(model, candidate, checkpoint=checkpoint, trunk=trunk, spare=spare)
+                short = replace(candidate, prefill_step_size=min(candidate.prefill_step_size, SHORT_STEP))
+                scorer = Scorer(model, short, checkpoint=checkpoint, trunk=trunk, spare=spare)
                 scorer(batch, gradient=False)  # fills the trunk
                 found, gradient = _measure(model, batch, scorer)
                 difference = max(difference, float(mx.abs(found - expected).max()))
@@ -74,8 +78,8 @@ def settle(
 def fallbacks(speed: SpeedConfig) -> list[SpeedConfig]:
     """The levers to try one after the other where they do not hold; the last is the plain path."""
     on = [name for name in LEVERS if getattr(speed, name)]
-    fewer = [replace(speed, **{name: False}) for name in on]
-    return [speed, *fewer, replace(speed, trunk=False, shared_prompt=False), replace(speed, **dict.fromkeys(on, False))]
+    fewer = [replace(speed, **{name: LEVERS[name]}) for name in on]
+    return [speed, *fewer, replace(speed, trunk=False, shared_prompt=False), replace(speed, **LEVERS)]
 
 
 def two_short(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:

@@ -10,10 +10,11 @@ from math import ceil, prod
 
 import mlx.core as mx
 
+from mlx_dpo.extents import Widths, extent, part_of
 from mlx_dpo.graph import Graph, Op
 from mlx_dpo.losses import needs_reference
 from mlx_dpo.memory import RESHAPES, VIEWS
-from mlx_dpo.phases import Description, Draft, Widths, extent, part_of
+from mlx_dpo.phases import Description, Draft
 
 PRODUCTS = ("Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM")
 """Operations that multiply matrices."""

@@ -19,7 +19,6 @@ from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.config import RunConfig
 from mlx_dpo.errors import RunError
-from mlx_dpo.evaluate import evaluate_rows, labels
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.export.card import write_card
 from mlx_dpo.following import FollowingReference
@@ -33,6 +32,7 @@ from mlx_dpo.optim import learning_rate, make_optimizer
 from mlx_dpo.plan import in_gb
 from mlx_dpo.prepare import Stage, fingerprint, prepare
 from mlx_dpo.run import RunFolder, open_run
+from mlx_dpo.scoring import evaluate_rows, labels
 from mlx_dpo.settings import check_config, to_yaml
 
 FALL = 0.1

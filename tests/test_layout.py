@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.encode import TokenizedRow
-from mlx_dpo.layout import NEVER, Layout, alike, padding_share, split, whole
+from mlx_dpo.layout import NEVER, Layout, alike, padding_share, prefill_steps, split, whole
 
 Reader = Callable[[Batch, int], Layout]
 
@@ -116,3 +116,14 @@ def test_padding_is_counted_over_what_is_read() -> None:
     batch = some_batch((5, 1), ((3, 1), (2, 30)))
     assert padding_share(split(batch, NEVER).groups) == pytest.approx(1 - 40 / (2 * 4 + 4 * 30))
     assert padding_share(split(batch, 0).groups) == pytest.approx(1 / 41), "a prompt without tokens is one of padding"
+
+
+@pytest.mark.parametrize(
+    ("width", "size", "widths"), [(0, 8, [0]), (5, 0, [5]), (11, 8, [11]), (13, 8, [6, 7]), (400, 128, [133, 133, 134])]
+)
+def test_a_long_sequence_is_read_in_equal_steps_of_about_the_size_asked_for(
+    width: int, size: int, widths: list[int]
+) -> None:
+    steps = prefill_steps(width, size)
+    assert [end - start for start, end in steps] == widths
+    assert [start for start, _ in steps] == [0, *(end for _, end in steps[:-1])]

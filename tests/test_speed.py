@@ -26,7 +26,7 @@ from mlx_dpo.trunk import TrunkStore
 NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
 """State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row.
 """
-OFF = SpeedConfig(**dict.fromkeys(LEVERS, False))
+OFF = SpeedConfig(**LEVERS)
 
 
 def random_rows(vocabulary: int, seed: int = 0, answers: int = 2) -> list[TokenizedRow]:
@@ -91,12 +91,17 @@ def filled(scorer: Scorer, batch: Batch) -> Scorer:
     return scorer
 
 
+def with_levers(on: tuple[bool, ...]) -> SpeedConfig:
+    """Those levers and no others; steps shorter than a prompt, and of about the length of a sliding window."""
+    return SpeedConfig(**dict(zip(LEVERS, on, strict=True)) | {"prefill_step_size": 7 * on[1]})
+
+
 @pytest.mark.parametrize("arch", TINY_MODELS)
 def test_all_levers_together_give_the_plain_paths_log_probs_and_gradients(arch: str, tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
-    speed = SpeedConfig(shared_prompt=arch not in NOT_SHARED)
+    speed = SpeedConfig(shared_prompt=arch not in NOT_SHARED, prefill_step_size=5)
     for checkpoint in (False, True):
         trunk = TrunkStore(rows, 1e9, 0)
         spare = 0 if checkpoint else SPARE  # every length by itself, and all together
@@ -112,11 +117,30 @@ def test_every_choice_of_levers_is_exact(arch: str, spare: int, on: tuple[bool, 
     model, vocabulary = adapted_model(tmp_path, arch)
     rows = random_rows(vocabulary, answers=3)
     batch = make_batch(rows, range(len(rows)))
-    speed = SpeedConfig(**dict(zip(LEVERS, on, strict=True)))
+    speed = with_levers(on)
     scorer = Scorer(model, speed, trunk=TrunkStore(rows, 1e9, 0), spare=spare)
     if on[0]:
         filled(scorer, batch)
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
+
+
+def test_in_steps_attention_leaves_out_most_of_what_is_masked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 × 64 pairs of prompt tokens, steps of 8 compute 8 × (8 + 16 + … + 64): 9/16 of them."""
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    row = TokenizedRow("row", [3 + i % (vocabulary - 3) for i in range(65)], ([5], [6]), (0, 0), (1.0, 2.0))
+    pairs: list[int] = []
+    attend = mx.fast.scaled_dot_product_attention
+
+    def counted(queries: mx.array, keys: mx.array, *args: object, **kwargs: object) -> mx.array:
+        pairs.append(queries.shape[2] * keys.shape[2])
+        return attend(queries, keys, *args, **kwargs)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
+    for size, expected in ((0, 64 * 64), (8, 64 * 64 * 9 // 16)):
+        pairs.clear()
+        Scorer(model, SpeedConfig(trunk=False, prefill_step_size=size))(make_batch([row], [0]), gradient=False)
+        answers = (1 + 64) * len(model.layers)  # both in one array, a single token each
+        assert sum(pairs) - answers == expected * len(model.layers)
 
 
 def test_states_kept_from_one_batching_serve_another(tmp_path: Path) -> None:
@@ -197,9 +221,10 @@ def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path
     rows = [row._replace(starts=(min(2, len(row.prompt)), 0)) for row in random_rows(vocabulary)]
     batch = make_batch(rows, range(len(rows)))
     assert not batch.shares_prompt
-    scorer = Scorer(model, trunk=TrunkStore(rows, 1e9, 0))
-    assert scorer.score(batch, gradient=False).states is None
-    assert_same(measure(model, batch, scorer), measure(model, batch, None))
+    for size in (0, 6):  # whole sequences at once, and in steps on top of each other
+        scorer = Scorer(model, SpeedConfig(prefill_step_size=size), trunk=TrunkStore(rows, 1e9, 0))
+        assert scorer.score(batch, gradient=False).states is None
+        assert_same(measure(model, batch, scorer), measure(model, batch, None))
 
 
 @pytest.mark.parametrize("arch", ["llama", "mamba2", "gemma2"])
@@ -230,7 +255,9 @@ def test_settle_does_not_trust_a_lever_that_gives_other_numbers(
     model, vocabulary = adapted_model(tmp_path, "llama")
     honest = AnswerCache.make_mask
     monkeypatch.setattr(
-        AnswerCache, "make_mask", lambda self, n, *a, **k: honest(self, n, *a, **k) & (mx.arange(self.width + n) > 0)
+        AnswerCache,
+        "make_mask",
+        lambda self, n, *a, **k: honest(self, n, *a, **k) & (mx.arange(self.width + self.read + n) > 0),
     )
     said: list[object] = []
     rows = [row for row in random_rows(vocabulary) if len(row.prompt) > 3]

@@ -26,7 +26,6 @@ EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 ADAPTERS: dict[str, tuple[list[str], int]] = {"top16": (["q_proj", "v_proj"], 16), "all": (EVERY_LINEAR, 10**6)}
 """Modules and number of top blocks by name."""
 
-PLAIN = dict.fromkeys(LEVERS, False)
 GROWTH = {"prompt": (64, 128, 256, 512, 1024, 2048, 4096), "answer": (32, 64, 128, 256, 512, 1024)}
 BESIDE = {"prompt": 128, "answer": 64}
 """Lengths of a growth's points, and the length that the other side has meanwhile."""
@@ -106,7 +105,7 @@ def measure_growth(settings: Settings, results: dict[str, Any]) -> None:
     points: list[dict[str, Any]] = []
     for sweep, sizes in GROWTH.items():
         for size in sizes:
-            for who, speed in {"mlx_dpo": {}, "plain": PLAIN}.items():
+            for who, speed in {"mlx_dpo": {}, "plain": LEVERS}.items():
                 point = BESIDE | {sweep: size, "sweep": sweep, "who": who}
                 options = {"prompt": point["prompt"], "answer": point["answer"], "speed": speed}
                 found = _synthetic(settings, options, f"growth-{sweep}-{size}-{who}")
@@ -121,7 +120,11 @@ def measure_vocabulary(settings: Settings, results: dict[str, Any]) -> None:
     options = {"prompt": BESIDE["prompt"], "answer": LONG_ANSWER, "vocabulary": VOCABULARY}
     runs = {
         who: _synthetic(settings, options | {"speed": speed}, f"vocabulary-{who.replace(' ', '-')}")
-        for who, speed in {"mlx_dpo": {}, "without completion_head": {"completion_head": False}, "plain": PLAIN}.items()
+        for who, speed in {
+            "mlx_dpo": {},
+            "without completion_head": {"completion_head": False},
+            "plain": LEVERS,
+        }.items()
     }
     results["vocabulary"] = {"vocabulary": VOCABULARY, "answer": LONG_ANSWER, "runs": runs}
     _say(page.vocabulary_section(results["vocabulary"]) + "\n")

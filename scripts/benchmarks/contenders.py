@@ -32,8 +32,8 @@ def _ours(**speed: bool) -> Contender:
 
 OURS: dict[str, Contender] = {
     "mlx_dpo": _ours(),
-    **{f"mlx_dpo without {lever}": _ours(**{lever: False}) for lever in LEVERS},
-    "mlx_dpo plain": _ours(**dict.fromkeys(LEVERS, False)),
+    **{f"mlx_dpo without {lever}": _ours(**{lever: off}) for lever, off in LEVERS.items()},
+    "mlx_dpo plain": _ours(**LEVERS),
 }
 
 PEERS: dict[str, Contender] = {

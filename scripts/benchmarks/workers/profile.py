@@ -147,7 +147,7 @@ def _forward(stage: Stage, batch: Batch, clock: Clock) -> tuple[float, float]:
         for owner, name, _ in replaced:
             if owner is not None:
                 delattr(owner, name)
-    prompts = len(scorer.layout(batch).prompts)
+    prompts = sum(len(scorer.steps(group)) for group in scorer.layout(batch).prompts)
     if prompts:
         clock.note("prompts, forward", sum(passes[:prompts]))
     clock.note("answers, forward" if prompts else "whole sequences, forward", sum(passes[prompts:]))
