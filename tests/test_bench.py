@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+from benchmarks import __main__ as bench  # noqa: E402
 from benchmarks import page, rounds  # noqa: E402
 from benchmarks.contenders import OURS, PEERS  # noqa: E402
 from benchmarks.limit import Matrices, step_flops  # noqa: E402
@@ -20,6 +21,7 @@ from benchmarks.workloads import batches, workloads  # noqa: E402
 
 from mlx_dpo.errors import UsageError  # noqa: E402
 from mlx_dpo.logprobs import LEVERS  # noqa: E402
+from mlx_dpo.machine import Machine  # noqa: E402
 
 DEMO = ROOT / "mlx_dpo" / "demo_data"
 
@@ -95,12 +97,27 @@ def test_ratios_are_to_the_best_rival_and_a_missing_one_is_left_out() -> None:
         "trl": {"error": "no torch"},
     }
     found = ratios(measured, steps=3)
-    assert found["a step of the first epoch / best MLX peer"] == {"wall": (1 + 3 / 3) / 4, "cpu": 0.5}
-    assert found["a step of later epochs / best MLX peer"] == {"wall": 0.25, "cpu": 0.25}
-    assert found["a step of the first epoch / mlx-lm's SFT step"] == {"wall": 1, "cpu": 1}
+    assert found["a step with its share of the trunk / best MLX peer"] == {
+        "wall": (1 + 3 / 3) / 4,
+        "cpu": 0.5,
+    }
+    assert found["a step by the clock / best MLX peer"] == {"wall": 0.25, "cpu": 0.25}
+    assert found["a step with its share of the trunk / mlx-lm's SFT step"] == {
+        "wall": 1,
+        "cpu": 1,
+    }
     assert found["trunk and reference pass / best MLX peer's reference pass"] == {"wall": 0.5, "cpu": 0.5}
     assert found["peak_mlx_mb / best MLX peer"] == {"memory": 50 / 80}
     assert not any("TRL" in name for name in found)
+
+
+def test_a_length_that_may_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "this_machine", lambda: Machine(20 * 2**30, 20 * 2**30, "20 GB"))
+    point = {"sweep": "prompt", "prompt": 100, "peak_mlx_mb": 5 * 1024, "model_mb": 1024}
+    assert bench.too_large([], 10**6) == {}
+    assert bench.too_large([point], 200) == {}, "1 GB of weights, and 4 GB that grow to 16"
+    assert bench.too_large([point], 300) == {"error": "not run: it may take 37 GB"}
+    assert bench.too_large([point | {"error": "gone"}], 100) == {"error": "gone"}
 
 
 def test_every_lever_has_a_run_without_it() -> None:

@@ -14,8 +14,8 @@ def ratios(results: Mapping[str, Result], steps: int) -> dict[str, dict[str, flo
     """Ratios of mlx_dpo with all levers to the best MLX trainer of preferences, to mlx-lm's SFT step and to TRL.
 
     Each is named for what is compared and holds `wall` and `cpu`, or `memory`; below 1 is better. What was not
-    measured is left out. A step of the first epoch bears its share of the trunk pass, which went over the rows of
-    `steps` steps; one of a later epoch does not, and there the trunk is known.
+    measured is left out. The trunk is computed before the first step, over the rows of `steps` steps: by the clock
+    no step has it, and a run of one epoch pays a share of it for each.
     """
     ours = results.get("mlx_dpo", {"error": "not measured"})
     if "error" in ours:
@@ -24,18 +24,20 @@ def ratios(results: Mapping[str, Result], steps: int) -> dict[str, dict[str, flo
     rivals = {name: found for name, found in good.items() if PEERS[name].mlx and PEERS[name].prefers}
     compared: dict[str, dict[str, float]] = {}
     trunk = ours.get("trunk", {"wall": 0.0, "cpu": 0.0})
-    epochs = {
-        "the first epoch": {kind: seconds + trunk[kind] / steps for kind, seconds in ours["step"].items()},
-        "later epochs": ours["step"],
+    taken = {
+        "a step by the clock": ours["step"],
+        "a step with its share of the trunk": {
+            kind: seconds + trunk[kind] / steps for kind, seconds in ours["step"].items()
+        },
     }
     others = {"best MLX peer": rivals} | {
         name: {peer: good[peer]}
         for peer, name in {"mlx-lm-sft": "mlx-lm's SFT step", "trl": "TRL"}.items()
         if peer in good
     }
-    for epoch, seconds in epochs.items():
+    for what, seconds in taken.items():
         for name, there in others.items():
-            compared[f"a step of {epoch} / {name}"] = _times(seconds, there, "step")
+            compared[f"{what} / {name}"] = _times(seconds, there, "step")
     if "reference" in ours:
         before = {kind: seconds + trunk[kind] for kind, seconds in ours["reference"].items()}
         first = {name: found for name, found in rivals.items() if "reference" in found}
