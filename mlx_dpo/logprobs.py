@@ -45,6 +45,10 @@ LEVERS: dict[str, Any] = {
 }
 """The fields of `SpeedConfig` that leave work out here, switched off: `SpeedConfig(**LEVERS)` is the plain path."""
 
+STEP_SIZES = {mx.cpu: 128, mx.gpu: 512}
+"""Tokens of a sequence that are read at a time. On a CPU sizes of 64 to 256 differ by a few percent; a GPU wants larger
+products, and its size is a guess that was not measured."""
+
 OTHER_MODEL = SpeedConfig(trunk=False, shared_prompt=False)
 """What can be relied on in a model that is not held against its plain path: a reference by name."""
 
@@ -61,6 +65,11 @@ class Scored(NamedTuple):
     position: mx.array
     target: mx.array
     slot: mx.array
+
+
+def levers_on(speed: SpeedConfig) -> list[str]:
+    """Those of `LEVERS` that are not switched off."""
+    return [name for name, off in LEVERS.items() if getattr(speed, name) != off]
 
 
 def scored_tokens(batch: Batch, position: np.ndarray) -> Scored:
@@ -135,7 +144,7 @@ class Scorer:
 
     def score(self, batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool) -> Scoring:
         """The same, with the trunk's states for `TrunkStore.put` where the store wants them."""
-        if self.parts is None or not any(getattr(self.speed, name) for name in LEVERS):
+        if self.parts is None or not levers_on(self.speed):
             return Scoring(plain_logps(self.model, batch, stats))
         trunk = self.trunk if self.speed.trunk and batch.shares_prompt and self.first_adapted > 0 else None
         layout = self.layout(batch)
@@ -181,7 +190,8 @@ class Scorer:
 
     def steps(self, group: Group) -> list[tuple[int, int]]:
         """The columns of a group that are read at a time; all of them where blocks share no keys and values."""
-        return prefill_steps(group.tokens.shape[1], self.speed.prefill_step_size if self.speed.shared_prompt else 0)
+        size = self.speed.prefill_step_size if self.speed.shared_prompt else 0
+        return prefill_steps(group.tokens.shape[1], STEP_SIZES[mx.default_device().type] if size is None else size)
 
     def _pass(self, group: Group, caches: list[PromptCache], listener: _Listener, which: int) -> mx.array:
         """Hidden states `[n, width, hidden]` of a group, read on top of its `caches`."""

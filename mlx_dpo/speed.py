@@ -16,7 +16,7 @@ from mlx_dpo.config import SpeedConfig
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.layout import NEVER
-from mlx_dpo.logprobs import LEVERS, Scorer, plain_logps
+from mlx_dpo.logprobs import LEVERS, Scorer, levers_on, plain_logps
 from mlx_dpo.trunk import TrunkStore
 
 CUT = (24, 12)
@@ -54,7 +54,7 @@ def settle(
         try:
             for spare in (NEVER, 0):  # all sequences in one group, and every length in its own
                 trunk = TrunkStore(two, 1e12, 0)
-                short = replace(candidate, prefill_step_size=min(candidate.prefill_step_size, SHORT_STEP))
+                short = replace(candidate, prefill_step_size=SHORT_STEP * (candidate.prefill_step_size != 0))
                 scorer = Scorer(model, short, checkpoint=checkpoint, trunk=trunk, spare=spare)
                 scorer(batch, gradient=False)  # fills the trunk
                 found, gradient = _measure(model, batch, scorer)
@@ -66,7 +66,7 @@ def settle(
             complaint = complaint or f"{type(error).__name__}: {error}"
             continue
         if difference <= tolerance and relative <= 10 * tolerance:
-            off = [name for name in LEVERS if getattr(speed, name) and not getattr(candidate, name)]
+            off = [name for name in levers_on(speed) if name not in levers_on(candidate)]
             if off:
                 on_event(Warned(f"speed.{', speed.'.join(off)} left out for this model ({complaint})"))
             return candidate, difference
@@ -77,8 +77,7 @@ def settle(
 
 def fallbacks(speed: SpeedConfig) -> list[SpeedConfig]:
     """The levers to try one after the other where they do not hold; the last is the plain path."""
-    on = [name for name in LEVERS if getattr(speed, name)]
-    fewer = [replace(speed, **{name: LEVERS[name]}) for name in on]
+    fewer = [replace(speed, **{name: LEVERS[name]}) for name in levers_on(speed)]
     return [speed, *fewer, replace(speed, trunk=False, shared_prompt=False), replace(speed, **LEVERS)]
 
 

@@ -24,7 +24,7 @@ from mlx_dpo.export.card import write_card
 from mlx_dpo.following import FollowingReference
 from mlx_dpo.interrupt import deferred_interrupt
 from mlx_dpo.layout import padding_share
-from mlx_dpo.logprobs import LEVERS, wanted_stats
+from mlx_dpo.logprobs import levers_on, wanted_stats
 from mlx_dpo.losses import check_loss_config, compute_loss
 from mlx_dpo.machine import own_limits
 from mlx_dpo.metrics import Sums, averages, batch_metrics
@@ -272,7 +272,7 @@ def _padding(stage: Stage) -> float:
 
 
 def _speed_in_words(stage: Stage) -> str:
-    taken = [name for name in LEVERS if getattr(stage.scorer.speed, name)]
+    taken = levers_on(stage.scorer.speed)
     on = [name.replace("_", " ") for name in taken if name != "trunk" or stage.scorer.first_adapted > 0]
     return f"{', '.join(on)}; off the plain path by {stage.difference:.1g} nats" if on else "plain path"
 
