@@ -111,7 +111,7 @@ class SpeedConfig:
     """Work that is left out without changing a number; each can be switched off to measure it."""
 
     shared_prompt: bool = True  # a prompt is read once for all its answers
-    prefill_step_size: int | None = None  # tokens read at a time; 0: all; null: 128 on a CPU, 512 on a GPU
+    prefill_step_size: int | None = None  # tokens read at a time; 0: all; null: 128 on a CPU, 512 on Metal
     groups: bool = True  # sequences of like length are read together, the others apart, so that little is padding
     completion_head: bool = True  # logits in chunks, and never kept
     trunk: bool = True  # the frozen blocks' output is computed once a row

@@ -62,12 +62,11 @@ def attention_widths(scorer: Scorer, batches: Sequence[Batch]) -> Widths:
     """Those of the arrays in which `scorer` and the plain path read these micro-batches."""
     queries, keys = set[int](), set[int]()
     for batch in batches:
-        layout, answers = scorer.layout(batch), batch.completion.shape[1]
+        layout = scorer.layout(batch)
         queries |= {batch.tokens.shape[1]}
         for group in layout.groups:
             queries |= {end - start for start, end in scorer.steps(group)}
             keys |= {end for _, end in scorer.steps(group)}
         for group in layout.answers:
-            behind = max(1, int(layout.before[[line // answers for line in group.lines]].max()))
-            keys |= {end + behind for _, end in scorer.steps(group)}
+            keys |= {end + group.before for _, end in scorer.steps(group)}
     return Widths(frozenset(queries), frozenset(queries | keys))

@@ -28,12 +28,13 @@ class Group(NamedTuple):
     """Sequences that are read as one array.
 
     `lines` says which they are, `tokens [n, width]` has them padded on the right, `pieces` what of a row's states each
-    of them holds.
+    of them holds. `before` tokens at most stand before them, in their prompts.
     """
 
     lines: list[int]
     tokens: np.ndarray
     pieces: list[list[Piece]]
+    before: int = 0
 
 
 class Layout(NamedTuple):
@@ -71,6 +72,8 @@ def split(batch: Batch, spare: int = SPARE) -> Layout:
         lines.append(np.concatenate([last, batch.completion[r, k, : max(count - 1, 0)]]))
         pieces.append([(0, r, int(before[r]), len(last)), (len(last), r, start, len(lines[-1]) - len(last))])
     groups = _groups(lines, pieces, spare)
+    answers = batch.completion.shape[1]
+    groups = [g._replace(before=max(1, int(before[[line // answers for line in g.lines]].max()))) for g in groups]
     own = [[(0, r, 0, len(prompt))] for r, prompt in enumerate(prompts)]
     context = np.ones(len(lines), np.int32)
     return Layout(_groups(prompts, own, spare, all_lines=True), groups, before, _position(batch, groups, context))
@@ -136,9 +139,18 @@ def alike(lengths: Sequence[int], spare: int) -> list[list[int]]:
     return groups[::-1]
 
 
-def prefill_steps(width: int, size: int) -> list[tuple[int, int]]:
-    """Where each step begins and ends in which `width` tokens are read: equal ones of about `size`, or one for 0."""
-    count = max(1, round(width / size)) if size else 1
+MOST_STEPS = 8
+"""Steps in which a sequence is read at most. With so many, 7/16 of all pairs of tokens are left out, of 1/2 that are
+masked; and each step keeps the keys and values of those before it for the backward pass once more."""
+
+
+def prefill_steps(group: Group, size: int) -> list[tuple[int, int]]:
+    """Where each step begins and ends in which a group is read: equal ones of about `size` tokens, or one for 0.
+
+    A step is not shorter than the prompts that stand before it, whose keys and values it reads again.
+    """
+    width = group.tokens.shape[1]
+    count = min(MOST_STEPS, max(1, round(width / max(size, group.before)))) if size else 1
     cuts = [width * i // count for i in range(count + 1)]
     return list(pairwise(cuts))
 

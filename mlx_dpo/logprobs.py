@@ -45,9 +45,9 @@ LEVERS: dict[str, Any] = {
 }
 """The fields of `SpeedConfig` that leave work out here, switched off: `SpeedConfig(**LEVERS)` is the plain path."""
 
-STEP_SIZES = {mx.cpu: 128, mx.gpu: 512}
-"""Tokens of a sequence that are read at a time. On a CPU sizes of 64 to 256 differ by a few percent; a GPU wants larger
-products, and its size is a guess that was not measured."""
+CPU_STEP, METAL_STEP = 128, 512
+"""Tokens of a sequence that are read at a time. On a CPU sizes of 64 to 256 differ by a few percent. A GPU wants larger
+products; its size was not measured. CUDA's attention leaves out what is masked by itself."""
 
 OTHER_MODEL = SpeedConfig(trunk=False, shared_prompt=False)
 """What can be relied on in a model that is not held against its plain path: a reference by name."""
@@ -68,8 +68,9 @@ class Scored(NamedTuple):
 
 
 def levers_on(speed: SpeedConfig) -> list[str]:
-    """Those of `LEVERS` that are not switched off."""
-    return [name for name, off in LEVERS.items() if getattr(speed, name) != off]
+    """Those of `LEVERS` that are not switched off; what reads in steps shares prompts, or could."""
+    on = [name for name, off in LEVERS.items() if getattr(speed, name) != off]
+    return [name for name in on if name != "prefill_step_size" or speed.shared_prompt]
 
 
 def scored_tokens(batch: Batch, position: np.ndarray) -> Scored:
@@ -190,8 +191,12 @@ class Scorer:
 
     def steps(self, group: Group) -> list[tuple[int, int]]:
         """The columns of a group that are read at a time; all of them where blocks share no keys and values."""
-        size = self.speed.prefill_step_size if self.speed.shared_prompt else 0
-        return prefill_steps(group.tokens.shape[1], STEP_SIZES[mx.default_device().type] if size is None else size)
+        if "prefill_step_size" not in levers_on(self.speed):
+            return prefill_steps(group, 0)
+        size = self.speed.prefill_step_size
+        if size is None and mx.default_device() == mx.cpu:
+            size = CPU_STEP
+        return prefill_steps(group, (METAL_STEP if mx.metal.is_available() else 0) if size is None else size)
 
     def _pass(self, group: Group, caches: list[PromptCache], listener: _Listener, which: int) -> mx.array:
         """Hidden states `[n, width, hidden]` of a group, read on top of its `caches`."""

@@ -22,7 +22,7 @@ from mlx_dpo.trunk import TrunkStore
 CUT = (24, 12)
 """Tokens of the prompt and of each answer that the comparison with the plain path reads at most."""
 
-SHORT_STEP = 6
+SHORT_STEP = 3
 """Tokens that it reads at a time, where a run reads them in steps: several of them make a prompt, and an answer."""
 
 TOLERANCE = {mx.float32: 1e-3, mx.bfloat16: 0.15, mx.float16: 0.03}

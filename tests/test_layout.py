@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dpo.batching import Batch, make_batch
 from mlx_dpo.encode import TokenizedRow
-from mlx_dpo.layout import NEVER, Layout, alike, padding_share, prefill_steps, split, whole
+from mlx_dpo.layout import NEVER, Group, Layout, alike, padding_share, prefill_steps, split, whole
 
 Reader = Callable[[Batch, int], Layout]
 
@@ -119,11 +119,20 @@ def test_padding_is_counted_over_what_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "size", "widths"), [(0, 8, [0]), (5, 0, [5]), (11, 8, [11]), (13, 8, [6, 7]), (400, 128, [133, 133, 134])]
+    ("width", "before", "size", "widths"),
+    [
+        (0, 0, 8, [0]),
+        (5, 0, 0, [5]),
+        (11, 0, 8, [11]),
+        (13, 0, 8, [6, 7]),
+        (400, 0, 128, [133, 133, 134]),
+        (384, 640, 128, [384]),
+        (1000, 500, 128, [500, 500]),
+        (4096, 0, 128, [512] * 8),
+    ],
 )
-def test_a_long_sequence_is_read_in_equal_steps_of_about_the_size_asked_for(
-    width: int, size: int, widths: list[int]
-) -> None:
-    steps = prefill_steps(width, size)
+def test_a_long_sequence_is_read_in_equal_steps(width: int, before: int, size: int, widths: list[int]) -> None:
+    """Of about the size asked for, not many, and none shorter than the prompts before it."""
+    steps = prefill_steps(Group([0], np.zeros((1, width), np.int32), [[]], before), size)
     assert [end - start for start, end in steps] == widths
     assert [start for start, _ in steps] == [0, *(end for _, end in steps[:-1])]

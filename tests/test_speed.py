@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx_dpo.config import LoraConfig, ModelConfig, SpeedConfig
 from mlx_dpo.encode import TokenizedRow
 from mlx_dpo.events import Warned
 from mlx_dpo.layout import SPARE
-from mlx_dpo.logprobs import LEVERS, STATS, Scorer, plain_logps
+from mlx_dpo.logprobs import LEVERS, STATS, Scorer, levers_on, plain_logps
 from mlx_dpo.model import load
 from mlx_dpo.speed import settle
 from mlx_dpo.trunk import TrunkStore
@@ -264,3 +265,21 @@ def test_settle_does_not_trust_a_lever_that_gives_other_numbers(
     speed, _ = settle(model, rows, SpeedConfig(), on_event=said.append)
     assert not speed.shared_prompt and speed.trunk and speed.completion_head
     assert len(said) == 1
+
+
+def test_settle_reads_in_steps_and_leaves_out_steps_that_give_other_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_dpo.prefix import PromptCache
+
+    model, vocabulary = adapted_model(tmp_path, "llama")
+    monkeypatch.setattr(PromptCache, "offset", 0)
+    said: list[object] = []
+    speed, _ = settle(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
+    assert speed == SpeedConfig(prefill_step_size=0)
+    assert len(said) == 1 and isinstance(said[0], Warned) and "speed.prefill_step_size" in said[0].text
+
+
+def test_without_shared_prompts_nothing_is_read_in_steps() -> None:
+    assert levers_on(SpeedConfig(shared_prompt=False)) == ["trunk", "groups", "completion_head"]
+    assert levers_on(SpeedConfig(**LEVERS)) == levers_on(replace(SpeedConfig(**LEVERS), prefill_step_size=64)) == []
