@@ -25,7 +25,7 @@ from mlx_dpo import (
 )
 
 model = ModelConfig(path=sys.argv[1] if len(sys.argv) > 1 else str(fetch_demo_model()))
-pairs = Path(sys.argv[2] if len(sys.argv) > 2 else str(files("mlx_dpo") / "demo_data"))
+pairs = Path(sys.argv[2] if len(sys.argv) > 2 else str(files("mlx_dpo") / "demo" / "data"))
 config = RunConfig(
     model=model,
     data=DataConfig(path=str(pairs / "train.jsonl"), max_length=512),

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from mlx_dpo.data.load import Splits
-    from mlx_dpo.preview import Preview
+    from mlx_dpo.data.preview import Preview
 
 STYLES = {"prompt": "", "scored": "green", "cut": "red strike"}
 
@@ -69,8 +69,8 @@ def show_rows(splits: Splits) -> None:
 
 def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
     """What tokenizing makes of each split, and a look at the first rows."""
-    from mlx_dpo.encode import encode_records
-    from mlx_dpo.preview import load_tokenizer, preview
+    from mlx_dpo.data.preview import load_tokenizer, preview
+    from mlx_dpo.data.tokenize import encode_records
 
     tokenizer = load_tokenizer(config.model)
     for name, records in splits._asdict().items():

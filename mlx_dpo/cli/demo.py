@@ -17,7 +17,7 @@ from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, Opti
 if TYPE_CHECKING:
     from mlx_dpo.events import OnEvent
 
-DATA = Path(str(files("mlx_dpo"))) / "demo_data"
+DATA = Path(str(files("mlx_dpo"))) / "demo" / "data"
 SHOWN = (0, 5, 27, 44)
 """Places of the unseen prompts that are answered before and after."""
 LONGEST_ANSWER = 60
@@ -41,8 +41,8 @@ def demo(output: Output = None) -> None:
       mlx-dpo demo --output runs/mine
     """
     from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.demo_model import fetch_demo_model
-    from mlx_dpo.train import train
+    from mlx_dpo.demo.model import fetch_demo_model
+    from mlx_dpo.training.loop import train
 
     console = stderr()
     began = time.perf_counter()
@@ -81,7 +81,7 @@ def free_folder(wanted: Path) -> Path:
 
 def judge(config: RunConfig, adapter: str | None, on_event: OnEvent) -> dict[str, Any]:
     """How the model ranks the held-out pairs."""
-    from mlx_dpo.evaluate import evaluate
+    from mlx_dpo.evaluation.evaluate import evaluate
 
     data = replace(config.data, path=str(DATA / "test.jsonl"))
     return evaluate(replace(config.model, adapter=adapter), data, config.loss, on_event=on_event)
@@ -89,10 +89,10 @@ def judge(config: RunConfig, adapter: str | None, on_event: OnEvent) -> dict[str
 
 def show_answers(config: RunConfig) -> None:
     """Unseen prompts with the answers before and after, as they come."""
-    from mlx_dpo import lora
     from mlx_dpo.cli.generate import show_comparison
     from mlx_dpo.data.load import load_prompts
-    from mlx_dpo.model import load
+    from mlx_dpo.models import lora
+    from mlx_dpo.models.load import load
 
     loaded = load(config.model)
     lora.load(loaded.model, config.train.output)
@@ -105,7 +105,7 @@ def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
     """How many of the held-out pairs are ranked right, with 95 % intervals."""
     from rich.table import Table
 
-    from mlx_dpo.metrics import wilson_interval
+    from mlx_dpo.losses.metrics import wilson_interval
 
     table = Table(title=f"{after['rows']} unseen pairs ranked right", title_justify="left", title_style="bold")
     for name in ("", "before", "after"):

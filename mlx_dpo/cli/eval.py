@@ -32,7 +32,7 @@ def evaluate(
     require(config, "--model", "--data")
 
     from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.evaluate import evaluate
+    from mlx_dpo.evaluation.evaluate import evaluate
 
     with show_progress(quiet=quiet) as on_event:
         found = evaluate(

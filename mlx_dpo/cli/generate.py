@@ -17,8 +17,8 @@ from mlx_dpo.settings import resolve
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mlx_dpo.model import LoadedModel
-    from mlx_dpo.sample import Prompt
+    from mlx_dpo.models.load import LoadedModel
+    from mlx_dpo.sampling.generate import Prompt
 
 Prompts = Annotated[list[str], typer.Argument(metavar="PROMPT...", help="What to answer; - reads one prompt a line.")]
 Compare = Annotated[bool, typer.Option("--compare", help="Answer without the adapter too, side by side.")]
@@ -52,8 +52,8 @@ def generate(
     config = resolve(*asked)
     require(config, "--model", *(["--adapter"] if compare else []))
 
-    from mlx_dpo import lora
-    from mlx_dpo.model import load
+    from mlx_dpo.models import lora
+    from mlx_dpo.models.load import load
 
     loaded = load(config.model)
     if config.model.adapter:
@@ -77,7 +77,7 @@ def side_by_side(prompt: str, base: str, tuned: str) -> Table:
 
 
 def _answer(loaded: LoadedModel, questions: list[str], how: dict[str, Any], as_json: bool) -> None:
-    from mlx_dpo.sample import generate
+    from mlx_dpo.sampling.generate import generate
 
     stream = None if as_json else lambda text: print(text, end="", flush=True)
     for question, answer in zip(questions, generate(loaded, questions, **how, on_token=stream), strict=True):
@@ -85,7 +85,7 @@ def _answer(loaded: LoadedModel, questions: list[str], how: dict[str, Any], as_j
 
 
 def _compare(loaded: LoadedModel, questions: list[str], how: dict[str, Any], as_json: bool) -> None:
-    from mlx_dpo.sample import compare
+    from mlx_dpo.sampling.generate import compare
 
     if as_json:
         for found in compare(loaded, questions, **how):
@@ -96,10 +96,10 @@ def _compare(loaded: LoadedModel, questions: list[str], how: dict[str, Any], as_
 
 
 def show_comparison(loaded: LoadedModel, question: Prompt, how: dict[str, Any]) -> None:
-    """Both answers to a question as they come; `how` are the keywords of `mlx_dpo.sample.generate`."""
+    """Both answers to a question as they come; `how` are the keywords of `mlx_dpo.sampling.generate.generate`."""
     from rich.live import Live
 
-    from mlx_dpo.sample import compare
+    from mlx_dpo.sampling.generate import compare
 
     title = question if isinstance(question, str) else question[-1]["content"]
     said = {"base": "", "tuned": ""}

@@ -14,9 +14,9 @@ from mlx_dpo.cli.options import Json, require
 from mlx_dpo.settings import resolve
 
 if TYPE_CHECKING:
-    from mlx_dpo.machine import Machine
-    from mlx_dpo.plan import Plan
-    from mlx_dpo.timing import Timing
+    from mlx_dpo.planning.machine import Machine
+    from mlx_dpo.planning.plan import Plan
+    from mlx_dpo.planning.timing import Timing
 
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Of another machine, a Mac with so much, e.g. 16GB.")
@@ -40,9 +40,9 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
     require(config, "--model", "--data")
 
     from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.logprobs import levers_on
-    from mlx_dpo.machine import apple_machine, this_machine
-    from mlx_dpo.prepare import plan_run
+    from mlx_dpo.logprobs.scorer import levers_on
+    from mlx_dpo.planning.machine import apple_machine, this_machine
+    from mlx_dpo.training.setup import plan_run
 
     machine = apple_machine(memory) if memory else this_machine()
     with show_progress(quiet=True) as on_event:
@@ -68,7 +68,7 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
 def _show(found: Plan, timing: Timing | None, machine: Machine) -> None:
     from rich.table import Table
 
-    from mlx_dpo.plan import in_gb
+    from mlx_dpo.planning.plan import in_gb
 
     highest = max(found.phases, key=lambda name: found.phases[name])
     size = found.largest

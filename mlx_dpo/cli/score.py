@@ -32,7 +32,7 @@ def score(
     require(config, "--model", "--data")
 
     from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.evaluate import score
+    from mlx_dpo.evaluation.evaluate import score
 
     with show_progress(quiet=quiet) as on_event:
         rows = score(

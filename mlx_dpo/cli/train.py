@@ -14,7 +14,7 @@ from mlx_dpo.settings import resolve
 
 if TYPE_CHECKING:
     from mlx_dpo.config import RunConfig
-    from mlx_dpo.train import TrainResult
+    from mlx_dpo.training.loop import TrainResult
 
 Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --output from its newest checkpoint.")]
 
@@ -42,7 +42,7 @@ def run_training(asked: Asked, *, resume: bool, quiet: bool) -> None:
     require(config, "--model", "--data")
 
     from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.train import train
+    from mlx_dpo.training.loop import train
 
     rows = config.train.batch_size * config.train.grad_accumulation_steps
     with show_progress(quiet=quiet, rows_per_step=rows) as on_event:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_dpo.data.records import Context, Message, Text
 from mlx_dpo.data.texts import (
     OPENING_ROLES,
     as_messages,
@@ -17,7 +18,6 @@ from mlx_dpo.data.texts import (
     starts_with,
 )
 from mlx_dpo.errors import DataError
-from mlx_dpo.records import Context, Message, Text
 
 Row = Mapping[str, Any]
 

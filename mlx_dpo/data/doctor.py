@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from mlx_dpo.data.load import prompt_key
-from mlx_dpo.records import PreferencePair, Record, Text, Unpaired, kind_of
+from mlx_dpo.data.records import PreferencePair, Record, Text, Unpaired, kind_of
 
 LONGEST = 5  # rows that are named as the longest
 

@@ -18,7 +18,8 @@ from mlx_dpo.data.columns import (
     read_prompt,
     with_system,
 )
-from mlx_dpo.data.labels import SIGNALS, about_prompt, ranking, truth
+from mlx_dpo.data.records import Context, Demonstration, Message, PreferencePair, Record, Text, Unpaired
+from mlx_dpo.data.signals import SIGNALS, about_prompt, ranking, truth
 from mlx_dpo.data.texts import (
     common_prefix,
     dialogue_messages,
@@ -31,7 +32,6 @@ from mlx_dpo.data.texts import (
     starts_with,
 )
 from mlx_dpo.errors import DataError
-from mlx_dpo.records import Context, Demonstration, Message, PreferencePair, Record, Text, Unpaired
 
 CONVERSATIONS = ("messages", "conversations")
 """Columns that hold a whole conversation, or a pair's prompt."""

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.data.formats import accepted_shapes, parse_prompt, parse_row
-from mlx_dpo.data.labels import CONVERSIONS
+from mlx_dpo.data.records import KINDS, Context, Record, kind_of
+from mlx_dpo.data.signals import CONVERSIONS
 from mlx_dpo.data.sources import SPLITS, Row, json_type, no_split, one_split, read_splits
 from mlx_dpo.errors import DataError, UsageError
 from mlx_dpo.events import OnEvent, Warned, ignore
-from mlx_dpo.records import KINDS, Context, Record, kind_of
 
 NAMED_ERRORS = 10  # bad rows of a file that are named one by one; the rest are counted
 

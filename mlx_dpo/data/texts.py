@@ -7,8 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_dpo.data.records import Message, Text
 from mlx_dpo.errors import DataError
-from mlx_dpo.records import Message, Text
 
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 """ShareGPT's names of roles; others stay as they are, since the chat template knows them."""

@@ -12,8 +12,8 @@ import mlx.nn as nn
 
 from mlx_dpo.config import Dtype
 from mlx_dpo.errors import UsageError
-from mlx_dpo.export.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
-from mlx_dpo.model import DTYPES
+from mlx_dpo.models.load import DTYPES
+from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
 
 MODES = {"affine": (64, 4), "mxfp4": (32, 4), "nvfp4": (16, 4), "mxfp8": (32, 8)}
 """MLX's ways to quantize, with the group size and bits that each defaults to."""

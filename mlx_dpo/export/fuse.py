@@ -14,16 +14,16 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map_with_path, tree_unflatten
 
-from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, Dtype, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
-from mlx_dpo.export.card import card_along
 from mlx_dpo.export.forms import Form, LayerLoss, choose_forms, dtype_name, measure_loss, packing, total_loss
-from mlx_dpo.export.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
 from mlx_dpo.export.verify import Verified, verify_folder
-from mlx_dpo.model import load, resolve
-from mlx_dpo.run import written_whole
+from mlx_dpo.models import lora
+from mlx_dpo.models.load import load, resolve
+from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
+from mlx_dpo.run.card import card_along
+from mlx_dpo.run.folder import written_whole
 
 WARN_ABOVE = 2.0
 """How large rounding's error may be beside the adapter's own change before a warning says so.

@@ -10,7 +10,7 @@ from typing import cast, get_args
 
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.data.load import load_records
-from mlx_dpo.encode import encode_records
+from mlx_dpo.data.tokenize import encode_records
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.export.ollama import in_mlx_form, write_fused_gguf
@@ -20,7 +20,7 @@ from mlx_dpo.gguf.kquants import K_QUANTS, quantize_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, float32_log_probs, verify_gguf
 from mlx_dpo.gguf.write import AdapterType, ModelType, export_adapter_gguf, export_model_gguf
-from mlx_dpo.model import resolve
+from mlx_dpo.models.load import resolve
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mlx_dpo.export.fuse import check_output
 from mlx_dpo.export.ollama import write_fused_gguf
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
-from mlx_dpo.run import written_whole
+from mlx_dpo.run.folder import written_whole
 
 MODELS = "~/.lmstudio/models"
 """LM Studio's folder of models, unless the user chose another one there."""

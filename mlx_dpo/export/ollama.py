@@ -12,7 +12,6 @@ from shlex import quote
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.export.fuse import check_output, load_stored
@@ -21,9 +20,10 @@ from mlx_dpo.export.verify import verify_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType, export_model_gguf
-from mlx_dpo.model import resolve
-from mlx_dpo.run import written_whole
-from mlx_dpo.sample import end_tokens
+from mlx_dpo.models import lora
+from mlx_dpo.models.load import resolve
+from mlx_dpo.run.folder import written_whole
+from mlx_dpo.sampling.generate import end_tokens
 
 PARAMETERS = {
     "temperature": "temperature",

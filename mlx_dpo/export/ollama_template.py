@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mlx_dpo.encode import unwrap
+from mlx_dpo.data.tokenize import unwrap
 
 SYSTEM, TURNS = "@Ruled@", tuple(f"@Said{n}@" for n in range(5))
 """Stand-ins for what is said; user and assistant take turns, and the user has the last word."""

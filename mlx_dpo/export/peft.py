@@ -11,15 +11,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError
 from mlx_dpo.events import OnEvent, Warned, ignore
-from mlx_dpo.export.card import card_along
 from mlx_dpo.export.fuse import check_output, load_stored
-from mlx_dpo.export.merge import adapted_layers, base_of, is_packed
 from mlx_dpo.export.verify import Verified, has_peft, verify_folder, verify_peft
-from mlx_dpo.run import written_whole
+from mlx_dpo.models import lora
+from mlx_dpo.models.merge import adapted_layers, base_of, is_packed
+from mlx_dpo.run.card import card_along
+from mlx_dpo.run.folder import written_whole
 
 LAYER = re.compile(r"^(?P<before>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)$")
 

@@ -13,19 +13,19 @@ from typing import Any
 
 import numpy as np
 
-from mlx_dpo import lora
 from mlx_dpo.config import DataConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.load import load_records
-from mlx_dpo.encode import TokenizedRow, encode_records
+from mlx_dpo.data.tokenize import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError
+from mlx_dpo.evaluation.rows import score_rows
 from mlx_dpo.events import OnEvent, Phase, Warned, ignore
 from mlx_dpo.gguf.base import open_base
 from mlx_dpo.gguf.verify import VerifyReport, float32_log_probs, tolerance_for
 from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
-from mlx_dpo.logprobs import Scorer
-from mlx_dpo.model import load, resolve
-from mlx_dpo.reference import Reference
-from mlx_dpo.scoring import score_rows
+from mlx_dpo.logprobs.scorer import Scorer
+from mlx_dpo.models import lora
+from mlx_dpo.models.load import load, resolve
+from mlx_dpo.reference.store import Reference
 
 EXACT = 1e-3
 """Largest difference of a token's log-prob, in nats, that float32 on two ways to the same numbers explains."""
@@ -136,7 +136,7 @@ def verify(
 
 def demo_rows() -> DataConfig:
     """The package's own rows, for who has none."""
-    return DataConfig(path=str(files("mlx_dpo") / "demo_data" / "test.jsonl"))
+    return DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
 
 
 def compare(

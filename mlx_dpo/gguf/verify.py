@@ -9,11 +9,12 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo import lora, model
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import MlxDpoError
 from mlx_dpo.gguf.architectures import ARCHITECTURES
 from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
+from mlx_dpo.models import load as model
+from mlx_dpo.models import lora
 
 LogProbs = Callable[[list[int]], np.ndarray]
 """log p of every next token at each position of a row, `[tokens, vocab]` float32."""

@@ -1,10 +1,10 @@
 """The DPO family: each loss a pure function of named log-probs, in one table, and the function that computes a mix of
 them."""
 
-from mlx_dpo.arrays import Kind, LossOutput, TokenLogps
 from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.losses.mix import accepted_kinds, check_loss_config, needs_reference, parse_mix, row_separable
 from mlx_dpo.losses.table import LOSSES, LossSpec
+from mlx_dpo.types import Kind, LossOutput, TokenLogps
 
 __all__ = [
     "LOSSES",

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_dpo.arrays import LossOutput, TokenLogps
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses.mix import Term, parse_mix
 from mlx_dpo.losses.views import VIEWS, Answers, Unpaired, sequence_logps
+from mlx_dpo.types import LossOutput, TokenLogps
 
 
 def compute_loss(

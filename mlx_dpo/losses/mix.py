@@ -7,11 +7,11 @@ import math
 from dataclasses import fields
 from typing import NamedTuple
 
-from mlx_dpo.arrays import Kind
 from mlx_dpo.config import LossConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.losses.divergences import DIVERGENCES
 from mlx_dpo.losses.table import LOSSES, LossSpec
+from mlx_dpo.types import Kind
 
 SHARED = ("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting")
 """Options that change what every preference term of a mix is made of, so each of them must know the option."""

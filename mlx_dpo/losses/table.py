@@ -8,10 +8,10 @@ from typing import Literal
 
 import mlx.core as mx
 
-from mlx_dpo.arrays import Kind
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses import demonstration, pair, ranking, reference_free, unpaired
 from mlx_dpo.losses.views import ACCEPTS
+from mlx_dpo.types import Kind
 
 REFERENCE = frozenset({"reference", "ref_model_sync_steps", "ref_model_mixup_alpha"})
 PAIR = REFERENCE | {"beta", "ld_alpha", "use_weighting"}

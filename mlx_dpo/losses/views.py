@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_dpo.arrays import Kind
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses.divergences import score
+from mlx_dpo.types import Kind
 
 
 class Pairs(NamedTuple):

@@ -18,11 +18,11 @@ from benchmarks.ratios import ratios
 from benchmarks.rounds import ROOT, measure, run_worker
 from benchmarks.workloads import Workload, batches, workloads
 from mlx_dpo.errors import MlxDpoError
-from mlx_dpo.logprobs import LEVERS
-from mlx_dpo.machine import this_machine
+from mlx_dpo.logprobs.scorer import LEVERS
+from mlx_dpo.planning.machine import this_machine
 
 SHARED = ROOT.parent / "shared" / "data"
-SHIPPED = ROOT / "mlx_dpo" / "demo_data"
+SHIPPED = ROOT / "mlx_dpo" / "demo" / "data"
 EVERY_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS: dict[str, tuple[list[str], int]] = {"top16": (["q_proj", "v_proj"], 16), "all": (EVERY_LINEAR, 10**6)}
 """Modules and number of top blocks by name."""
@@ -267,7 +267,7 @@ def _arguments() -> Settings:
     if settings.warmup >= settings.steps:
         parser.error("--warmup must leave a step to count")
     if settings.model is None and not settings.install_peers:
-        from mlx_dpo.demo_model import fetch_demo_model
+        from mlx_dpo.demo.model import fetch_demo_model
 
         settings.model = str(fetch_demo_model("float32", progress=_say))
     elif settings.model:

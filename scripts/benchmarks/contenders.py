@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.errors import UsageError
-from mlx_dpo.logprobs import LEVERS
+from mlx_dpo.logprobs.scorer import LEVERS
 
 
 @dataclass(frozen=True, kw_only=True)

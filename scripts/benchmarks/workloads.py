@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from mlx_dpo.data.load import load_records
-from mlx_dpo.encode import encode_prompt, encode_record
+from mlx_dpo.data.records import PreferencePair, Record
+from mlx_dpo.data.tokenize import encode_prompt, encode_record
 from mlx_dpo.errors import UsageError
-from mlx_dpo.records import PreferencePair, Record
 
 Pair = dict[str, Any]
 """`prompt`, `chosen`, `rejected` as messages, and `prompt_ids`, `chosen_ids`, `rejected_ids` as tokens."""

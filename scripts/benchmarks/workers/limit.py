@@ -11,7 +11,7 @@ from benchmarks.lengths import lengths
 from benchmarks.limit import matrices, step_flops
 from benchmarks.workers.probe import Probe, read_spec, write_result
 from mlx_dpo.config import ModelConfig
-from mlx_dpo.model import load
+from mlx_dpo.models.load import load
 
 TRIES = 5
 

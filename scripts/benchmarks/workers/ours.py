@@ -1,4 +1,4 @@
-"""mlx_dpo itself: `mlx_dpo.train` as it is, timed from one event to the next; or with `part: reference` what comes
+"""mlx_dpo itself: its training loop as it is, timed from one event to the next; or with `part: reference` what comes
 before the first step."""
 
 from __future__ import annotations
@@ -80,12 +80,12 @@ def run(spec: dict[str, Any]) -> None:
 
     config = run_config(spec)
     if spec["options"].get("part") == "reference":
-        from mlx_dpo.prepare import prepare
+        from mlx_dpo.training.setup import prepare
 
         with probe.stage("prepare"):
             prepare(config, listen)
     else:
-        from mlx_dpo.train import train
+        from mlx_dpo.training.loop import train
 
         train(config, on_event=listen)
     peaks.append(mx.get_peak_memory())

@@ -17,14 +17,14 @@ import mlx.optimizers as optimizers
 
 from benchmarks.workers.ours import run_config
 from benchmarks.workers.probe import Probe, read_spec, write_result
-from mlx_dpo.arrays import flat
-from mlx_dpo.batching import Batch, make_batch
-from mlx_dpo.checkpoint import Progress
+from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.losses import compute_loss
-from mlx_dpo.optim import make_optimizer
-from mlx_dpo.prepare import Stage, prepare
-from mlx_dpo.reference import reference_batch
-from mlx_dpo.train import make_step
+from mlx_dpo.models.trees import flat
+from mlx_dpo.reference.store import reference_batch
+from mlx_dpo.training.checkpoint import Progress
+from mlx_dpo.training.loop import make_step
+from mlx_dpo.training.optim import make_optimizer
+from mlx_dpo.training.setup import Stage, prepare
 
 T = TypeVar("T")
 

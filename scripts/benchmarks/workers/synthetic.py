@@ -10,16 +10,16 @@ import numpy as np
 
 from benchmarks.workers.ours import run_config
 from benchmarks.workers.probe import Probe, read_spec, write_result
-from mlx_dpo import lora
-from mlx_dpo.batching import Batch, make_batch
-from mlx_dpo.checkpoint import Progress
-from mlx_dpo.encode import TokenizedRow
-from mlx_dpo.logprobs import Scorer
-from mlx_dpo.model import LoadedModel, load
-from mlx_dpo.optim import make_optimizer
-from mlx_dpo.prepare import Stage
-from mlx_dpo.train import make_step
-from mlx_dpo.trunk import TrunkStore
+from mlx_dpo.data.batching import Batch, make_batch
+from mlx_dpo.data.tokenize import TokenizedRow
+from mlx_dpo.logprobs.activation_cache import TrunkStore
+from mlx_dpo.logprobs.scorer import Scorer
+from mlx_dpo.models import lora
+from mlx_dpo.models.load import LoadedModel, load
+from mlx_dpo.training.checkpoint import Progress
+from mlx_dpo.training.loop import make_step
+from mlx_dpo.training.optim import make_optimizer
+from mlx_dpo.training.setup import Stage
 
 ROWS = 3
 """Different rows; the first one's step is the process's first and does not count."""

@@ -1,0 +1,104 @@
+"""Token ids to padded arrays, by length, in an order that can be resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from mlx_dpo.data.tokenize import TokenizedRow
+
+WINDOW = 32
+"""Micro-batches that are sorted by length together: wide enough to pad little, narrow enough to stay random."""
+
+
+class Batch(NamedTuple):
+    """R rows of K answers as arrays of int32; padding is 0 and lies on the right.
+
+    `prompt [R, P]`, `prompt_length [R]`; `completion [R, K, C]`, `completion_length [R, K]` (0 where a row has fewer
+    than K answers); `tokens [R·K, T]` each answer's whole sequence and `tokens_length [R·K]`; `mask [R, K, C]` 1 on
+    scored completion tokens (the first token of a sequence without a prompt has nothing to be predicted from);
+    `rank [R, K]` (0: no such answer); `label [R]`; `index [R]` places in the data set; `shares_prompt`: every answer
+    continues its row's whole prompt.
+    """
+
+    prompt: np.ndarray
+    prompt_length: np.ndarray
+    completion: np.ndarray
+    completion_length: np.ndarray
+    tokens: np.ndarray
+    tokens_length: np.ndarray
+    mask: np.ndarray
+    rank: np.ndarray
+    label: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # shadows a method of tuples that nobody calls
+    shares_prompt: bool
+
+
+def make_batch(rows: Sequence[TokenizedRow], index: Sequence[int]) -> Batch:
+    """Pads rows into arrays; `index` are their places in the data set."""
+    count, answers = len(rows), max(len(row.completions) for row in rows)
+    prompt = np.zeros((count, max(len(row.prompt) for row in rows)), np.int32)
+    longest = max(len(ids) for row in rows for ids in row.completions)
+    completion = np.zeros((count, answers, longest), np.int32)
+    completion_length = np.zeros((count, answers), np.int32)
+    mask = np.zeros((count, answers, longest), np.float32)
+    rank = np.zeros((count, answers), np.float32)
+    sequences: list[list[int]] = []
+    for r, row in enumerate(rows):
+        prompt[r, : len(row.prompt)] = row.prompt
+        for k in range(answers):
+            if k >= len(row.completions):
+                sequences.append([0])
+                continue
+            ids, context = row.completions[k], row.context(k)
+            completion[r, k, : len(ids)] = ids
+            completion_length[r, k] = len(ids)
+            mask[r, k, (0 if context else 1) : len(ids)] = 1
+            rank[r, k] = row.ranks[k]
+            sequences.append(context + ids)
+    tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
+    for s, sequence in enumerate(sequences):
+        tokens[s, : len(sequence)] = sequence
+    return Batch(
+        prompt=prompt,
+        prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
+        completion=completion,
+        completion_length=completion_length,
+        tokens=tokens,
+        tokens_length=np.array([len(sequence) for sequence in sequences], np.int32),
+        mask=mask,
+        rank=rank,
+        label=np.array([row.label for row in rows], np.int32),
+        index=np.array(index, np.int32),
+        shares_prompt=all(row.shares_prompt for row in rows),
+    )
+
+
+def length(row: TokenizedRow) -> int:
+    """The length of a row's longest sequence: what its batch is padded to."""
+    return len(row.prompt) + max(map(len, row.completions))
+
+
+def order_batches(
+    rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, shuffle: bool
+) -> list[list[int]]:
+    """The micro-batches of one epoch as places in the data set: a pure function of its arguments, so a run can resume.
+
+    Every row comes exactly once. Shuffled, rows are dealt at random into windows, sorted by number of answers and by
+    length inside a window, cut into batches, and the batches shuffled again: batches of like length, other ones in
+    every epoch, and no drift from short to long (which hurts learning). The last batch may be smaller.
+    """
+    places = list(range(len(rows)))
+    if not shuffle:
+        return [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
+    random = np.random.default_rng([seed, epoch])
+    random.shuffle(places)
+    window = WINDOW * batch_size
+    batches: list[list[int]] = []
+    for start in range(0, len(places), window):
+        part = sorted(places[start : start + window], key=lambda i: (len(rows[i].completions), length(rows[i])))
+        batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
+    random.shuffle(batches)
+    return batches

@@ -1,0 +1,230 @@
+"""Records to token ids: chat template, the boundary between prompt and completion, truncation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from mlx_dpo.config import DataConfig
+from mlx_dpo.data.records import Context, Ranking, Record, Text, Unpaired
+from mlx_dpo.errors import DataError
+
+
+class TokenizedRow(NamedTuple):
+    """One prompt and its K answers as token ids.
+
+    Answer k is read as `prompt[starts[k]:] + completions[k]` and its loss counts `completions[k]` alone. `starts` is 0
+    everywhere unless truncation kept the end. `ranks` are 1 and 2 for a pair, the given ranks for a ranking, 1 for a
+    single answer; `label` is +1 or -1 for an unpaired row and 0 otherwise.
+    """
+
+    id: str
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    starts: tuple[int, ...]
+    ranks: tuple[float, ...]
+    label: int = 0
+
+    def context(self, answer: int) -> list[int]:
+        """The prompt tokens that answer `answer` sees."""
+        return self.prompt[self.starts[answer] :]
+
+    @property
+    def shares_prompt(self) -> bool:
+        """Whether all answers continue the same, non-empty prompt."""
+        return bool(self.prompt) and not any(self.starts)
+
+
+@dataclass
+class EncodeReport:
+    """What tokenizing did to the rows: counted, so that nothing is cut in silence."""
+
+    rows: int = 0
+    kept: int = 0
+    dropped: list[str] = field(default_factory=list)  # ids of rows without a completion token left
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    lost_eos: int = 0  # answers whose end of sequence was cut away
+    boundary_merges: int = 0  # rows whose prompt was shortened, since its end tokenizes differently before an answer
+    boundary_example: str = ""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    longest: int = 0
+
+    def warnings(self, max_length: int | None) -> list[str]:
+        """Sentences for the log; empty when every row went in whole."""
+        said = []
+        if self.dropped:
+            some = ", ".join(self.dropped[:5]) + (", …" if len(self.dropped) > 5 else "")
+            limit = f" within max_length {max_length}" if max_length is not None else ""
+            said.append(f"{len(self.dropped)} of {self.rows} rows dropped: no completion token is left{limit} ({some})")
+        if self.cut_rows:
+            said.append(
+                f"{self.cut_rows} of {self.kept} rows cut to max_length {max_length}: {self.cut_tokens} tokens lost, "
+                f"{self.lost_eos} answers lost their end-of-sequence token"
+            )
+        if self.boundary_merges:
+            said.append(
+                f"in {self.boundary_merges} of {self.rows} rows the prompt's end tokenizes otherwise before an answer; "
+                f"it counts as part of the answer (first: {self.boundary_example!r})"
+            )
+        return said
+
+
+def unwrap(tokenizer: Any) -> Any:
+    """The Hugging Face tokenizer inside mlx-lm's wrapper, whose template call adds arguments of its own."""
+    inner = getattr(tokenizer, "_tokenizer", None)  # a bare fast tokenizer has one too, of another kind
+    return inner if hasattr(inner, "apply_chat_template") else tokenizer
+
+
+def encode_text(tokenizer: Any, text: Text, *, generation_prompt: bool = False, **template: Any) -> list[int]:
+    """Token ids of a string, or of messages through the chat template."""
+    if isinstance(text, str):
+        return list(tokenizer(text)["input_ids"])
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in text],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=generation_prompt,
+        **template,
+    )
+    return list(ids["input_ids"])
+
+
+def encode_prompt(tokenizer: Any, record: Context) -> list[int]:
+    """Token ids of a record's prompt, ready for an answer to be generated after it."""
+    tokenizer = unwrap(tokenizer)
+    if isinstance(record.prompt, str):
+        return encode_text(tokenizer, record.prompt)
+    return encode_text(tokenizer, record.prompt, generation_prompt=True, **_template_arguments(tokenizer, record))
+
+
+def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[int]]:
+    """One record as token ids, before truncation, and the prompt tokens that the boundary rule took off.
+
+    The prompt is the longest prefix that the tokenized prompt shares with every tokenized prompt + answer, so a token
+    that merges over the boundary belongs to the answer (TRL 1.16's rule). Strings get the end-of-sequence token
+    appended unless they end in it; for messages the template decides.
+
+    Raises:
+        DataError: the chat template refuses the messages, or the model has none.
+    """
+    tokenizer = unwrap(tokenizer)
+    prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
+    wholes = [
+        _guard(record, tokenizer, lambda a=answer: _encode_whole(tokenizer, record, a)) for answer in record.completions
+    ]
+    shared = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
+    completions = tuple(whole[shared:] for whole in wholes)
+    ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
+    label = (1 if record.label else -1) if isinstance(record, Unpaired) else 0
+    row = TokenizedRow(record.id, prompt_ids[:shared], completions, (0,) * len(completions), ranks, label)
+    return row, prompt_ids[shared:]
+
+
+def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedRow | None:
+    """The row cut to `max_length` tokens an answer; None where an answer would have no scored token left.
+
+    `keep_start` cuts the ends of answers, `keep_end` the beginning of the prompt, as much as each answer needs.
+    """
+    if max_length is None or len(row.prompt) + max(map(len, row.completions)) <= max_length:
+        cut = row
+    elif mode == "keep_start":
+        room = max_length - len(row.prompt)
+        if room <= 0:
+            return None
+        cut = row._replace(completions=tuple(ids[:room] for ids in row.completions))
+    else:
+        starts = tuple(min(max(len(row.prompt) + len(ids) - max_length, 0), len(row.prompt)) for ids in row.completions)
+        cut = row._replace(starts=starts, completions=tuple(ids[-max_length:] for ids in row.completions))
+    scored = [len(ids) - (not cut.context(k)) for k, ids in enumerate(cut.completions)]
+    return cut if min(scored) > 0 else None
+
+
+def encode_records(
+    records: Iterable[Record], tokenizer: Any, config: DataConfig
+) -> tuple[list[TokenizedRow], EncodeReport]:
+    """All records as token ids, cut to `config.max_length`, and the count of what was cut or dropped.
+
+    Raises:
+        DataError: no row has a completion token left.
+    """
+    rows: list[TokenizedRow] = []
+    report = EncodeReport()
+    hf = unwrap(tokenizer)
+    for record in records:
+        whole, taken_off = encode_record(record, tokenizer)
+        report.rows += 1
+        if taken_off:
+            report.boundary_merges += 1
+            report.boundary_example = report.boundary_example or hf.decode(taken_off)
+        row = truncate(whole, config.max_length, config.truncation_mode)
+        if row is None:
+            report.dropped.append(whole.id)
+            continue
+        _count(report, whole, row, hf.eos_token_id)
+        rows.append(row)
+    if not rows:
+        limit = f" left within max_length {config.max_length}" if config.max_length is not None else ""
+        raise DataError(
+            f"none of {report.rows} rows has a completion token{limit}",
+            "raise --max-length, or shorten the prompts" if limit else "",
+        )
+    return rows, report
+
+
+def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many leading ids `a` and `b` share."""
+    for i, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def _encode_whole(tokenizer: Any, record: Record, answer: Text) -> list[int]:
+    if isinstance(record.prompt, str) and isinstance(answer, str):
+        eos = tokenizer.eos_token or ""
+        return encode_text(tokenizer, record.prompt + (answer if answer.endswith(eos) else answer + eos))
+    if isinstance(record.prompt, str) or isinstance(answer, str):
+        raise DataError(f"row {record.id}: prompt and answer must both be strings or both be messages")
+    return encode_text(tokenizer, record.prompt + answer, **_template_arguments(tokenizer, record))
+
+
+def _template_arguments(tokenizer: Any, record: Context) -> Mapping[str, Any]:
+    tools = [dict(tool) for tool in record.tools] if record.tools else None
+    return {"tools": tools, **(record.chat_template_kwargs or {})}
+
+
+def _guard(record: Record, tokenizer: Any, encode: Any) -> list[int]:
+    """Template errors come from the data or the model's template: say which row, instead of a traceback."""
+    from jinja2.exceptions import TemplateError
+
+    try:
+        ids: list[int] = encode()
+        return ids
+    except (TemplateError, ValueError, TypeError, KeyError) as error:
+        if not isinstance(record.prompt, str) and not getattr(tokenizer, "chat_template", None):
+            raise DataError(
+                "the data holds messages, but the model's tokenizer has no chat template",
+                "use an instruction-tuned model, or give prompt, chosen and rejected as plain strings",
+            ) from error
+        raise DataError(
+            f"row {record.id}: the model's chat template refuses its messages: {error}",
+            "most templates want user and assistant in turns, and some no system message",
+        ) from error
+
+
+def _count(report: EncodeReport, whole: TokenizedRow, row: TokenizedRow, eos: int | None) -> None:
+    report.kept += 1
+    lengths = [len(row.context(k)) + len(ids) for k, ids in enumerate(row.completions)]
+    lost = sum(len(whole.prompt) + len(ids) for ids in whole.completions) - sum(lengths)
+    report.cut_rows += lost > 0
+    report.cut_tokens += lost
+    if lost and eos is not None:
+        report.lost_eos += sum(
+            eos in before and eos not in after for before, after in zip(whole.completions, row.completions, strict=True)
+        )
+    report.prompt_tokens += len(row.prompt)
+    report.completion_tokens += sum(map(len, row.completions))
+    report.longest = max(report.longest, *lengths)

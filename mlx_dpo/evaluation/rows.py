@@ -1,0 +1,161 @@
+"""Rows judged by a model at hand: accuracy with its interval, rewards, log-probs, KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dpo.config import LossConfig
+from mlx_dpo.data.batching import Batch, length, make_batch
+from mlx_dpo.data.tokenize import TokenizedRow
+from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.logprobs.scorer import Scorer
+from mlx_dpo.losses import compute_loss
+from mlx_dpo.losses.metrics import Sums, averages, batch_metrics, ranked_accuracy, wilson_interval
+from mlx_dpo.reference import store
+from mlx_dpo.reference.store import Reference
+from mlx_dpo.types import Kind, TokenLogps
+
+Score = Callable[..., TokenLogps]
+"""What gives a batch's token log-probs: a `Scorer`, or something that is called like one."""
+
+
+def replay(known: Reference) -> Score:
+    """What was computed once, in a scorer's place: exactly the same numbers, however rows are batched."""
+
+    def score(batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool = False) -> TokenLogps:
+        return TokenLogps(store.reference_batch(known, batch))
+
+    return score
+
+
+def score_rows(
+    score: Score, rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[int] | None = None
+) -> Reference:
+    """Token log-probs of the rows at `places` (all without them), in that order, for a model in evaluation mode."""
+    found: dict[int, list[np.ndarray]] = {}
+    for batch in by_length(rows, batch_size, places):
+        found.update(zip(batch.index.tolist(), store.score_batch(cast(Scorer, score), batch), strict=True))
+    return [found[i][: len(rows[i].completions)] for i in (range(len(rows)) if places is None else places)]
+
+
+def describe_pair(
+    row: TokenizedRow, policy: list[np.ndarray], known: list[np.ndarray] | None, beta: float
+) -> dict[str, Any]:
+    """A pair's line of `score`."""
+    whole = describe_answers(row, policy, known, beta)
+    chosen, rejected = whole["rewards"]
+    base = whole["ref_logps"] or (None, None)
+    return {
+        "id": row.id,
+        "chosen_logps": whole["logps"][0],
+        "rejected_logps": whole["logps"][1],
+        "ref_chosen_logps": base[0],
+        "ref_rejected_logps": base[1],
+        "chosen_tokens": whole["tokens"][0],
+        "rejected_tokens": whole["tokens"][1],
+        "chosen_reward": chosen,
+        "rejected_reward": rejected,
+        "margin": chosen - rejected,
+    }
+
+
+def describe_answers(
+    row: TokenizedRow, policy: list[np.ndarray], known: list[np.ndarray] | None, beta: float
+) -> dict[str, Any]:
+    """A ranking's, an unpaired row's or a demonstration's line of `score`; KTO's mismatched answer is left out."""
+    judged = [k for k, rank in enumerate(row.ranks) if rank > 0]
+    logps = [float(policy[k].sum(dtype=np.float64)) for k in judged]
+    base = None if known is None else [float(known[k].sum(dtype=np.float64)) for k in judged]
+    line: dict[str, Any] = {
+        "id": row.id,
+        "logps": logps,
+        "ref_logps": base,
+        "tokens": [len(row.completions[k]) - (not row.context(k)) for k in judged],
+        "rewards": [beta * (own - ref) for own, ref in zip(logps, base or [0.0] * len(logps), strict=True)],
+    }
+    if row.label:
+        line["label"] = row.label > 0
+    elif len(judged) > 1:
+        line["ranks"] = list(row.ranks)
+    return line
+
+
+def by_length(rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[int] | None = None) -> Iterator[Batch]:
+    """Batches of like length and number of answers, for passes in which order does not matter.
+
+    Of the rows at `places` where they are given; a batch's `index` are places in `rows`.
+    """
+    wanted = range(len(rows)) if places is None else places
+    order = sorted(wanted, key=lambda i: (len(rows[i].completions), length(rows[i])))
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        yield make_batch([rows[i] for i in part], part)
+
+
+def evaluate_rows(
+    score: Score,
+    rows: Sequence[TokenizedRow],
+    known: Reference | None,
+    loss: LossConfig,
+    kind: Kind,
+    *,
+    batch_size: int,
+    places: Sequence[int] | None = None,
+    stats: tuple[str, ...] = (),
+    on_event: OnEvent = ignore,
+) -> dict[str, float]:
+    """TRL's metrics over the rows at `places` (all without them), as if they were one batch, for a policy in
+    evaluation mode.
+
+    Beside them `accuracy_low` and `accuracy_high`, the 95 % Wilson interval of rewards/accuracies over `comparisons`
+    pairs, and of pairs and rankings how log-probs alone rank them. `known` are the rows' reference log-probs; None for
+    losses without a reference.
+    """
+    parts: list[Sums] = []
+    done, total = 0, len(rows if places is None else places)
+    for batch in by_length(rows, batch_size, places):
+        on_event(Phase("evaluation", done, total, "rows"))
+        policy = score(batch, stats, gradient=False)
+        base = store.reference_batch(known, batch) if known is not None else None
+        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, kind)
+        output = compute_loss(policy, base, mask, rank, label, loss)
+        sums = batch_metrics(output, policy, base, mask, rank, label, kind)
+        if kind in ("pair", "ranking"):
+            sums |= logp_accuracies("logps", policy.logps, mask, rank)
+            sums |= logp_accuracies("ref_logps", base, mask, rank) if base is not None else {}
+        mx.eval(sums)
+        parts.append(sums)
+        done += len(batch.index)
+    on_event(Phase("evaluation", done, total, "rows"))
+    return averages(parts) | accuracy_interval(parts)
+
+
+def logp_accuracies(name: str, logps: mx.array, mask: mx.array, rank: mx.array) -> Sums:
+    """Pairs whose better answer the model finds likelier, by the sum over tokens and by the mean; `logps [R, K, C]`.
+
+    It needs no reference: how a model ranks before any training. A sum favours short answers, a mean does not.
+    """
+    total = logps.sum(-1)
+    return {
+        f"{name}/accuracies": ranked_accuracy(total, rank),
+        f"{name}/accuracies_per_token": ranked_accuracy(total / mx.maximum(mask.sum(-1), 1), rank),
+    }
+
+
+def labels(batch: Batch, kind: Kind) -> mx.array | None:
+    """The judgements of unpaired rows, `[R]` float; None for every other kind."""
+    return mx.array(batch.label.astype(np.float32)) if kind == "unpaired" else None
+
+
+def accuracy_interval(parts: Sequence[Sums]) -> dict[str, float]:
+    """The 95 % interval of the accuracy over all parts; empty where nothing was compared."""
+    counted = [part["rewards/accuracies"] for part in parts if "rewards/accuracies" in part]
+    comparisons = sum(float(mean.number) for mean in counted)
+    if not comparisons:
+        return {}
+    low, high = wilson_interval(sum(float(mean.total) for mean in counted), comparisons)
+    return {"accuracy_low": low, "accuracy_high": high, "comparisons": comparisons}

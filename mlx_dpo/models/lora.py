@@ -1,0 +1,224 @@
+"""Adapters: attach, switch off, save, load (mlx-lm and PEFT folders)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from mlx_dpo.config import LoraConfig
+from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.models.peft import read_peft
+from mlx_dpo.models.trees import flat, read_arrays
+
+LEAVES = ("lora_a", "lora_b", "m")
+"""Names of adapter parameters in mlx-lm's layers (m: DoRA's magnitudes)."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What `adapter_config.json` says of an adapter, in mlx-lm's terms: y = W x + scale · B A x."""
+
+    rank: int
+    scale: float
+    dropout: float
+    num_layers: int
+    keys: tuple[str, ...]
+    fine_tune_type: str = "lora"
+
+    def to_json(self, base: str) -> dict[str, Any]:
+        """The content of `adapter_config.json`, as `mlx_lm.generate --adapter-path` wants it."""
+        return {
+            "fine_tune_type": self.fine_tune_type,
+            "model": base,
+            "num_layers": self.num_layers,
+            "lora_parameters": {
+                "rank": self.rank,
+                "scale": self.scale,
+                "dropout": self.dropout,
+                "keys": list(self.keys),
+            },
+        }
+
+
+def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> Adapter:
+    """Puts a fresh adapter on `model`: A random from `seed`, B zero, so the function stays the same.
+
+    Raises:
+        UsageError: a key names no linear module of a block, or no block is to be adapted.
+    """
+    total = len(model.layers)
+    if config.num_layers < 1 and config.num_layers != -1:
+        raise UsageError(f"--num-layers {config.num_layers} adapts nothing", "-1 means all blocks")
+    count = total if config.num_layers == -1 else min(config.num_layers, total)
+    keys = _resolve_keys(model.layers[-count:], config.keys)
+    scale = config.scale if config.alpha is None else config.alpha / config.rank
+    adapter = Adapter(config.rank, scale, config.dropout, count, keys)
+    mx.random.seed(seed)
+    _attach(model, adapter)
+    return adapter
+
+
+def load(model: nn.Module, folder: str | Path, *, dropout: float = 0.0) -> Adapter:
+    """Puts the adapter of an mlx-lm or PEFT folder on `model`.
+
+    Raises:
+        ModelError: the folder holds no adapter, or one that does not fit this model; all misfits are named.
+    """
+    folder = Path(folder).expanduser()
+    settings = _read_settings(folder)
+    is_peft = "peft_type" in settings
+    settings, weights = read_peft(folder, settings, model) if is_peft else (settings, _read_weights(folder))
+    adapter = _to_adapter(folder, settings, weights)
+    if adapter.num_layers > len(model.layers):
+        raise ModelError(
+            f"the adapter in {folder} is for {adapter.num_layers} blocks, the model has {len(model.layers)}",
+            "load it on the model it was trained on",
+        )
+    try:
+        _attach(model, Adapter(**{**vars(adapter), "dropout": dropout}))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"the adapter in {folder} does not fit this model: {error}") from error
+    given = {_module(name) for name in weights}
+    # a layer that the file leaves alone, though others of its name are adapted, must not get a random A to train
+    _put_back(model, [(path, layer) for path, layer in _adapted(model) if path not in given])
+    _assign(model, weights, folder)
+    model.freeze()
+    model.unfreeze(keys=list(LEAVES), strict=False)
+    return adapter
+
+
+def save(model: nn.Module, adapter: Adapter, folder: Path, *, base: str) -> None:
+    """Writes `adapters.safetensors` and `adapter_config.json` into `folder`, in mlx-lm's form."""
+    mx.save_safetensors(str(folder / "adapters.safetensors"), parameters(model), metadata={"format": "mlx"})
+    (folder / "adapter_config.json").write_text(json.dumps(adapter.to_json(base), indent=2) + "\n")
+
+
+def parameters(model: nn.Module) -> dict[str, mx.array]:
+    """The adapter's arrays by name."""
+    return {name: value for name, value in flat(model.parameters()).items() if name.rsplit(".", 1)[-1] in LEAVES}
+
+
+@contextmanager
+def switched_off(model: nn.Module) -> Iterator[None]:
+    """The base model inside the `with`: every adapted layer is replaced by what it wraps, then put back."""
+    adapted = _adapted(model)
+    _put_back(model, adapted)
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(adapted))
+
+
+def _attach(model: nn.Module, adapter: Adapter) -> None:
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model.freeze()
+    settings = {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": list(adapter.keys)}
+    linear_to_lora_layers(model, adapter.num_layers, settings, use_dora=adapter.fine_tune_type == "dora")
+    model.eval()  # a new layer starts in training mode
+
+
+def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in model.named_modules() if "lora_a" in module]
+
+
+def _put_back(model: nn.Module, adapted: list[tuple[str, nn.Module]]) -> None:
+    """Replaces adapted layers by what they wrap."""
+    bases = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
+    model.update_modules(tree_unflatten(bases))
+
+
+def _resolve_keys(layers: list[nn.Module], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Module names relative to a block; a short name such as q_proj stands for every module that ends in it."""
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    names: dict[str, None] = {}
+    for layer in layers:
+        names.update({name: None for name, module in layer.named_modules() if isinstance(module, kinds)})
+    if wanted is None:
+        return tuple(names)
+    found = {key: [name for name in names if name == key or name.endswith("." + key)] for key in wanted}
+    unknown = [key for key, matches in found.items() if not matches]
+    if unknown:
+        raise UsageError(
+            f"--keys: no linear module {', '.join(unknown)} in the adapted blocks", f"there are: {', '.join(names)}"
+        )
+    return tuple(dict.fromkeys(name for matches in found.values() for name in matches))
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        raise ModelError(f"no adapter in {folder}: adapter_config.json is missing", "name an mlx-lm or PEFT folder")
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    return settings
+
+
+def _read_weights(folder: Path) -> dict[str, mx.array]:
+    file = folder / "adapters.safetensors"
+    if not file.is_file():
+        raise ModelError(f"no adapter weights: {file} is missing")
+    try:
+        weights = read_arrays(file)
+    except RuntimeError as error:
+        raise ModelError(f"{file} cannot be read: {error}") from error
+    return weights
+
+
+def _to_adapter(folder: Path, settings: dict[str, Any], weights: dict[str, mx.array]) -> Adapter:
+    kind = settings.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ModelError(
+            f"the adapter in {folder} is a {kind!r} fine-tune, not LoRA or DoRA",
+            "fuse it with mlx_lm.fuse and start from the fused model",
+        )
+    try:
+        given = settings["lora_parameters"]
+        keys = given.get("keys") or dict.fromkeys(_layer_relative(name) for name in weights)
+        rank, scale, dropout = int(given["rank"]), float(given["scale"]), float(given.get("dropout", 0))
+        return Adapter(rank, scale, dropout, int(settings["num_layers"]), tuple(keys), kind)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder / 'adapter_config.json'} lacks what mlx-lm writes there: {error!r}") from error
+
+
+def _module(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.lora_a` → `model.layers.3.self_attn.q_proj`."""
+    return name.rsplit(".", 1)[0]
+
+
+def _layer_relative(name: str) -> str:
+    """`model.layers.3.self_attn.q_proj.lora_a` → `self_attn.q_proj`."""
+    module = _module(name)
+    return module.split(".layers.", 1)[1].split(".", 1)[1] if ".layers." in module else module
+
+
+def _assign(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> None:
+    ours = parameters(model)
+    wrong = [f"{name}: the model has no such adapter parameter" for name in weights if name not in ours]
+    wrong += [f"{name}: missing" for name in ours if name not in weights]
+    wrong += [
+        f"{name}: shape {tuple(value.shape)}, the model wants {tuple(ours[name].shape)}"
+        for name, value in weights.items()
+        if name in ours and value.shape != ours[name].shape
+    ]
+    if wrong or not weights:
+        more = f"\n  … and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        listed = "\n  ".join(wrong[:5]) if wrong else "it holds no adapter parameter"
+        raise ModelError(
+            f"the adapter in {folder} is for another model:\n  {listed}{more}",
+            "load it on the model it was trained on (adapter_config.json names it)",
+        )
+    # float32 whatever the file holds: an update of 1e-5 vanishes in half precision
+    model.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()], strict=False)

@@ -1,0 +1,111 @@
+"""The whole training state, written atomically: whoever goes on from it ends where a straight run would have."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_dpo.errors import RunError
+from mlx_dpo.models.lora import Adapter, parameters, save
+from mlx_dpo.models.trees import flat, read_arrays
+from mlx_dpo.reference.tr_dpo import FollowingReference
+from mlx_dpo.run.folder import RunFolder, written_whole
+
+
+@dataclass
+class Progress:
+    """Where a run stands: everything but arrays."""
+
+    step: int = 0  # optimizer steps taken
+    epoch: int = 0
+    position: int = 0  # micro-batches of this epoch that are done
+    tokens: int = 0  # tokens of prompts and answers read, as TRL counts num_tokens
+    seconds: float = 0.0  # of training, evaluation not counted
+    best: dict[str, float] | None = None  # metrics of the best evaluation
+    best_step: int = 0
+    warned_of_drift: bool = False
+    evaluations: list[dict[str, float]] = field(default_factory=list)
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # of what decides the batches and their meaning
+
+
+def save_checkpoint(
+    run: RunFolder,
+    model: nn.Module,
+    adapter: Adapter,
+    optimizer: optimizers.Optimizer,
+    progress: Progress,
+    *,
+    base: str,
+    keep: int,
+    reference: FollowingReference | None = None,
+) -> Path:
+    """Writes `checkpoints/step-…/` beside and renames it, then drops all but the `keep` newest."""
+    target = run.checkpoint(progress.step)
+    with written_whole(target) as folder:
+        save(model, adapter, folder, base=base)
+        mx.save_safetensors(str(folder / "optimizer.safetensors"), flat(optimizer.state))
+        mx.save_safetensors(str(folder / "random.safetensors"), {"key": _random_key()})
+        if reference is not None:
+            reference.save(folder)
+        (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
+    for old in run.checkpoints()[:-keep]:
+        shutil.rmtree(old)
+    return target
+
+
+def write_adapter(run: RunFolder, model: nn.Module, adapter: Adapter, *, base: str) -> None:
+    """Writes the run's own `adapters.safetensors` and `adapter_config.json`, each whole or not at all."""
+    with TemporaryDirectory(prefix=".adapter-", dir=run.path) as beside:
+        save(model, adapter, Path(beside), base=base)
+        for file in sorted(Path(beside).iterdir()):
+            file.replace(run.path / file.name)
+
+
+def restore_checkpoint(
+    folder: Path, model: nn.Module, optimizer: optimizers.Optimizer, fingerprint: dict[str, Any]
+) -> Progress:
+    """Puts adapter, optimizer and random state back, and says where the run stands.
+
+    Raises:
+        RunError: the checkpoint is damaged, or belongs to other data, another model or other settings; all named.
+    """
+    try:
+        progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        weights = read_arrays(folder / "adapters.safetensors")
+        state = read_arrays(folder / "optimizer.safetensors")
+        high, low = np.array(read_arrays(folder / "random.safetensors")["key"]).tolist()
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise RunError(
+            f"the checkpoint {folder} cannot be read: {error}", "remove it, and --resume takes the one before"
+        ) from error
+    changed = [
+        f"{name}: was {progress.fingerprint.get(name)!r}, is {value!r}"
+        for name, value in fingerprint.items()
+        if progress.fingerprint.get(name) != value
+    ]
+    if changed:
+        raise RunError(
+            "the run cannot go on as it was, since these changed:\n  " + "\n  ".join(changed),
+            "set them back, or start a new run with another --output",
+        )
+    if weights.keys() != parameters(model).keys():
+        raise RunError(f"the checkpoint {folder} holds another adapter than this configuration makes")
+    model.load_weights(list(weights.items()), strict=False)
+    optimizer.state = tree_unflatten(list(state.items()))
+    mx.random.seed(high << 32 | low)  # a seed's key is its two halves, and there is no other way to set it
+    return progress
+
+
+def _random_key() -> mx.array:
+    """The key of MLX's global random numbers, `[2]` uint32."""
+    return mx.random.state[0]  # type: ignore[index]

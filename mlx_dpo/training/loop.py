@@ -1,0 +1,325 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optimizers
+from mlx.utils import tree_map
+
+from mlx_dpo.config import RunConfig
+from mlx_dpo.data.batching import Batch, make_batch
+from mlx_dpo.errors import RunError
+from mlx_dpo.evaluation.rows import evaluate_rows, labels
+from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
+from mlx_dpo.logprobs.buckets import padding_share
+from mlx_dpo.logprobs.scorer import levers_on, wanted_stats
+from mlx_dpo.losses import check_loss_config, compute_loss
+from mlx_dpo.losses.metrics import Sums, averages, batch_metrics
+from mlx_dpo.models.trees import flat
+from mlx_dpo.planning.machine import own_limits
+from mlx_dpo.planning.plan import in_gb
+from mlx_dpo.reference import store
+from mlx_dpo.reference.tr_dpo import FollowingReference
+from mlx_dpo.run.card import write_card
+from mlx_dpo.run.folder import RunFolder, open_run
+from mlx_dpo.settings import check_config, to_yaml
+from mlx_dpo.training.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
+from mlx_dpo.training.interrupt import deferred_interrupt
+from mlx_dpo.training.optim import learning_rate, make_optimizer
+from mlx_dpo.training.setup import Stage, fingerprint, prepare
+
+FALL = 0.1
+"""Share of its size by which the chosen answers' log-prob may fall before the run warns."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `evaluations` are the held-out metrics, with their `step`, from before the first step to the
+    end.
+    """
+
+    output: Path
+    steps: int
+    total_steps: int
+    interrupted: bool
+    evaluations: list[dict[str, float]]
+    best_step: int
+
+
+def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore) -> TrainResult:
+    """Trains an adapter as `config` says and leaves it in `config.train.output`.
+
+    The first Ctrl-C (SIGINT, SIGTERM) ends the run after the step at hand with a checkpoint; `resume` goes on from the
+    newest one with exactly the batches, random numbers and optimizer state that would have come.
+
+    Raises:
+        MlxDpoError: of the kind that says what is wrong with the data, the model, the settings or the run folder.
+    """
+    check_config(config)
+    check_loss_config(config.loss)
+    with open_run(Path(config.train.output), resume=resume) as run, own_limits():
+        stage = prepare(config, on_event)
+        optimizer = make_optimizer(config.optim)
+        optimizer.init(stage.loaded.model.trainable_parameters())
+        progress = _where_to_begin(stage, run, optimizer, resume=resume)
+        take_step = make_step(stage, optimizer)
+        _warn_of_reference(stage, on_event)
+        on_event(Started(_facts(stage), stage.total_steps, progress.step))
+        with deferred_interrupt() as wish:
+            if progress.step == 0:
+                _evaluate(stage, run, progress, on_event)
+
+            stop = wish.stop
+            while progress.step < stage.total_steps and not stop:
+                rate = learning_rate(config.optim, progress.step, stage.total_steps)
+                metrics = take_step(_next_batches(stage, progress), rate, progress)
+
+                # once in a while: report, evaluate, save
+                _report(stage, run, progress, metrics, on_event)
+                last = progress.step == stage.total_steps
+                every = config.train.steps_per_eval
+                if last or (every and progress.step % every == 0):
+                    _evaluate(stage, run, progress, on_event)
+                stop = wish.stop  # read once, so that the step that ends the run is the step that is saved
+                if last or stop or progress.step % config.train.save_every == 0:
+                    _save(stage, run, optimizer, progress, on_event)
+
+        _write_final(stage, run, progress)
+        on_event(Saved(progress.step, run.path))
+        return TrainResult(
+            output=run.path,
+            steps=progress.step,
+            total_steps=stage.total_steps,
+            interrupted=progress.step < stage.total_steps,
+            evaluations=progress.evaluations,
+            best_step=progress.best_step,
+        )
+
+
+def make_step(
+    stage: Stage, optimizer: optimizers.Optimizer
+) -> Callable[[list[list[int]], float, Progress], dict[str, float]]:
+    """What takes one optimizer step of a run: gradients weighted by rows, clipped, applied; gives the metrics.
+
+    It is called with the step's micro-batches (places in `stage.rows`), the learning rate and the run's progress.
+    """
+    config, model, following = stage.config, stage.loaded.model, _following(stage)
+    stats = wanted_stats(config)
+
+    def objective(model: nn.Module, batch: Batch, base: mx.array | None, weight: float) -> tuple[mx.array, Sums]:
+        policy = stage.scorer(batch, stats, gradient=True)
+        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, stage.kind)
+        output = compute_loss(policy, base, mask, rank, label, config.loss)
+        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind)
+
+    gradient_of = nn.value_and_grad(model, objective)
+
+    def step(micro_batches: list[list[int]], rate: float, progress: Progress) -> dict[str, float]:
+        began = time.perf_counter()
+        model.train()
+        total = sum(map(len, micro_batches))
+        gradients, parts = None, []
+        for places in micro_batches:
+            batch = make_batch([stage.rows[i] for i in places], places)
+            base = store.reference_batch(stage.reference, batch) if stage.reference is not None else None
+            (_, sums), fresh = gradient_of(model, batch, base, len(places) / total)
+            gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
+            mx.eval(gradients, sums)  # here: one micro-batch's activations are gone before the next one's
+            parts.append(sums)
+            progress.tokens += int(batch.tokens_length.sum())
+        gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)
+        optimizer.learning_rate = rate
+        optimizer.update(model, gradients)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+        progress.step += 1
+        if following is not None and progress.step % (config.loss.ref_model_sync_steps or 1) == 0:
+            following.follow()
+        progress.seconds += time.perf_counter() - began
+        metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
+        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+            raise RunError(
+                f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; not saved",
+                "lower --learning-rate, or look at the rows with `mlx-dpo check`; --resume goes on from a checkpoint",
+            )
+        return metrics
+
+    return step
+
+
+def _next_batches(stage: Stage, progress: Progress) -> list[list[int]]:
+    """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
+    batches = stage.batches(progress.epoch)
+    taken = batches[progress.position : progress.position + stage.config.train.grad_accumulation_steps]
+    progress.position += len(taken)
+    if progress.position == len(batches):
+        progress.epoch, progress.position = progress.epoch + 1, 0
+    return taken
+
+
+def _report(stage: Stage, run: RunFolder, progress: Progress, metrics: dict[str, float], on_event: OnEvent) -> None:
+    if progress.step == 1:
+        _check_first_step(stage, metrics, on_event)
+    if progress.step % stage.config.train.steps_per_report == 0 or progress.step == stage.total_steps:
+        batches = math.ceil(stage.train_rows / stage.config.train.batch_size)
+        metrics |= {
+            "epoch": progress.epoch + progress.position / batches,
+            "num_tokens": float(progress.tokens),
+            "seconds": progress.seconds,
+            "peak_memory_gb": mx.get_peak_memory() / 1e9,
+        }
+        run.append_metrics({"step": progress.step} | metrics)
+    on_event(Stepped(progress.step, stage.total_steps, metrics))
+
+
+def _check_first_step(stage: Stage, metrics: dict[str, float], on_event: OnEvent) -> None:
+    """Before the first update a fresh adapter is the base model, and DPO's loss is ln 2: a free check of everything."""
+    same = not stage.config.model.adapter or (stage.config.loss.reference == "start" and not stage.config.lora.dropout)
+    drift = metrics.get("kl/token", 0.0)
+    if same and drift > 1e-3:
+        on_event(
+            Warned(
+                "before the first update policy and reference should be one function, but differ "
+                f"(KL {drift:.2g} a token, loss {metrics['loss']:.4f}): the model is not deterministic, or the "
+                "reference cache belongs to other weights"
+            )
+        )
+
+
+def _evaluate(stage: Stage, run: RunFolder, progress: Progress, on_event: OnEvent) -> None:
+    """Scores the held-out rows, and keeps the adapter where it is the best so far (the lowest held-out loss)."""
+    if not stage.held_out:
+        return
+    stage.loaded.model.eval()
+    found = evaluate_rows(
+        stage.scorer, stage.rows, stage.reference, stage.config.loss, stage.kind,
+        batch_size=stage.config.train.batch_size, places=stage.held_out, on_event=on_event,
+    )  # fmt: skip
+    if "logps/chosen" in found and stage.kind in ("pair", "ranking"):
+        start = progress.evaluations[0]["logps/chosen"] if progress.evaluations else found["logps/chosen"]
+        found["logps/chosen_drift"] = found["logps/chosen"] - start
+        _warn_of_drift(progress, found, on_event)
+    progress.evaluations.append({"step": float(progress.step)} | found)
+    best = progress.step > 0 and (progress.best is None or found["loss"] < progress.best["loss"])
+    if best:
+        progress.best, progress.best_step = found, progress.step
+        if stage.config.train.keep_best:
+            write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
+    run.append_metrics({"step": progress.step} | {f"eval_{name}": value for name, value in found.items()})
+    on_event(Evaluated(progress.step, found, best))
+
+
+def _where_to_begin(stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, *, resume: bool) -> Progress:
+    """A fresh start, or with `resume` the state of the newest checkpoint; the files of the run are brought to it."""
+    settings = fingerprint(stage)
+    checkpoints = run.checkpoints() if resume else []
+    if not checkpoints:
+        run.config.write_text(to_yaml(stage.config))
+        progress = Progress(fingerprint=settings)
+    else:
+        progress = restore_checkpoint(checkpoints[-1], stage.loaded.model, optimizer, settings)
+        if (following := _following(stage)) is not None:
+            following.restore(checkpoints[-1])
+    run.keep_metrics_until(progress.step if checkpoints else -1)
+    return progress
+
+
+def _following(stage: Stage) -> FollowingReference | None:
+    return stage.reference if isinstance(stage.reference, FollowingReference) else None
+
+
+def _facts(stage: Stage) -> dict[str, str]:
+    """What people want to know before the first step."""
+    config = stage.config
+    trained = sum(value.size for value in flat(stage.loaded.model.trainable_parameters()).values())
+    adapter = stage.adapter
+    return {
+        "model": f"{stage.loaded.name} ({stage.loaded.form})",
+        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, "
+        f"{trained / 1e6:.2f} M parameters",
+        "loss": f"{config.loss.type}, β {config.loss.beta:g}",
+        "reference": _reference_in_words(stage),
+        "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
+        "padding": f"{100 * _padding(stage):.0f} % of the tokens that are read",
+        "speed": _speed_in_words(stage),
+        "memory": _memory_in_words(stage),
+        "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
+    }
+
+
+def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
+    """DPO after SFT measures from the SFT model (Rafailov et al. 2023, sec. 4); from the base it pulls back to that."""
+    start = stage.config.model.adapter
+    if start and stage.reference is not None and stage.config.loss.reference == "base":
+        on_event(
+            Warned(
+                f"the reference is the base model, and not {start}, from which training starts; after supervised "
+                "fine-tuning it should be the latter: --reference start"
+            )
+        )
+
+
+def _padding(stage: Stage) -> float:
+    """Share of the tokens that are read which is padding, in the first batches, from 0 to 1."""
+    batches = [make_batch([stage.rows[i] for i in places], places) for places in stage.batches(0)[:64]]
+    return padding_share(group for batch in batches for group in stage.scorer.layout(batch).groups)
+
+
+def _speed_in_words(stage: Stage) -> str:
+    taken = levers_on(stage.scorer.speed)
+    on = [name.replace("_", " ") for name in taken if name != "trunk" or stage.scorer.first_adapted > 0]
+    return f"{', '.join(on)}; off the plain path by {stage.difference:.1g} nats" if on else "plain path"
+
+
+def _memory_in_words(stage: Stage) -> str:
+    plan, train = stage.plan, stage.config.train
+    checkpointing = ", activations computed twice" if train.grad_checkpoint else ""
+    return (f"{in_gb(plan.peak)} foreseen" if plan else "not foreseen") + checkpointing
+
+
+def _reference_in_words(stage: Stage) -> str:
+    if stage.reference is None:
+        return "none"
+    start, loss = stage.config.model.adapter, stage.config.loss
+    moves = f", following the policy every {loss.ref_model_sync_steps} steps" if loss.ref_model_sync_steps else ""
+    if loss.reference not in ("base", "start"):
+        return loss.reference
+    if not start:
+        return "base model (adapter off), which a fresh adapter equals" + moves
+    return (f"the starting adapter {start}" if loss.reference == "start" else "base model (adapter off)") + moves
+
+
+def _save(stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, progress: Progress, on_event: OnEvent) -> None:
+    path = save_checkpoint(
+        run, stage.loaded.model, stage.adapter, optimizer, progress,
+        base=stage.loaded.name, keep=stage.config.train.keep_checkpoints, reference=_following(stage),
+    )  # fmt: skip
+    on_event(Saved(progress.step, path))
+
+
+def _warn_of_drift(progress: Progress, found: dict[str, float], on_event: OnEvent) -> None:
+    """Says once, while it happens, that the chosen answers become less likely, and what people do about it."""
+    drift, start = found["logps/chosen_drift"], found["logps/chosen"] - found["logps/chosen_drift"]
+    if drift < -FALL * abs(start) and not progress.warned_of_drift:
+        progress.warned_of_drift = True
+        on_event(
+            Warned(
+                f"held-out chosen answers have become less likely: log-prob {start:.1f} → {found['logps/chosen']:.1f}. "
+                "The margin can grow while both fall: DPO sees their difference alone. If answers get worse or longer, "
+                "add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
+                "(--loss sigmoid_norm), or take smaller steps (a lower --learning-rate, a higher --beta)"
+            )
+        )
+
+
+def _write_final(stage: Stage, run: RunFolder, progress: Progress) -> None:
+    """The adapter of the last step, unless the best evaluation's is kept; and the run's model card."""
+    if not (stage.config.train.keep_best and progress.best):
+        write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
+    write_card(run.path)

@@ -1,0 +1,214 @@
+"""A GGUF file becomes a folder that mlx-lm loads and that holds the same numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dpo.errors import ModelError, UsageError
+from support.gguf_models import CASES, DENSE, make_adapter, make_folder, mlx_log_probs
+from support.tiny_models import tiny_model_folder
+
+pytest.importorskip("gguf", reason="GGUF files need the gguf package")
+
+import gguf
+
+from mlx_dpo.gguf.blocks import (
+    BITS,
+    exact_kind,
+    interleave_rope,
+    pack_affine,
+    pack_blocks,
+    separate_rope,
+    unpack_affine,
+    unpack_blocks,
+)
+from mlx_dpo.gguf.read import import_gguf
+from mlx_dpo.gguf.write import export_adapter_gguf, export_model_gguf
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
+
+
+@pytest.mark.parametrize("kind", BITS)
+def test_a_ggml_block_and_an_mlx_group_are_the_same_numbers(kind: str, values: np.ndarray) -> None:
+    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
+    q, scale, bias = unpack_blocks(raw, kind)
+    in_mlx = mx.dequantize(
+        mx.array(pack_affine(q, BITS[kind])),
+        mx.array(scale).astype(mx.float32),
+        mx.array(bias).astype(mx.float32),
+        group_size=32,
+        bits=BITS[kind],
+    )
+    np.testing.assert_allclose(np.array(in_mlx), expected, rtol=0, atol=2e-6)
+    assert np.array_equal(unpack_affine(pack_affine(q, BITS[kind]), BITS[kind]), q)
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_1"), (5, "Q5_1"), (8, "Q8_0")])
+def test_an_mlx_group_that_fits_becomes_a_block_with_no_weight_changed(bits: int, kind: str) -> None:
+    draw = np.random.default_rng(1)
+    q = draw.integers(0, 2**bits, size=(4, 128), dtype=np.uint8)
+    scale = draw.normal(size=(4, 2)).astype(np.float16).astype(np.float32)  # groups of 64
+    bias = -128 * scale if bits == 8 else draw.normal(size=(4, 2)).astype(np.float16).astype(np.float32)
+    assert exact_kind(bits, 64, "affine", scale, bias) == kind
+    found = gguf.quants.dequantize(pack_blocks(q, scale, bias, kind), gguf.GGMLQuantizationType[kind])
+    expected = q * np.repeat(scale, 64, axis=1) + np.repeat(bias, 64, axis=1)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
+
+
+def test_what_ggml_cannot_hold_exactly_has_no_kind() -> None:
+    one, third = np.ones((1, 1), np.float32), np.full((1, 1), 1 / 3, np.float32)
+    assert exact_kind(4, 64, "affine", third, one) is None  # a third has no float16
+    assert exact_kind(4, 64, "affine", one, third) is None
+    assert exact_kind(8, 64, "affine", one, one) is None  # Q8_0 keeps no bias
+    assert exact_kind(6, 64, "affine", one, one) is None
+    assert exact_kind(4, 32, "mxfp4", one, one) is None
+
+
+def test_rows_of_a_head_alternate_between_its_halves_in_ggml() -> None:
+    rows = np.arange(8)[:, None]  # two heads of four: halves 0 1 | 2 3 and 4 5 | 6 7
+    assert interleave_rope(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert separate_rope(interleave_rope(rows, 2), 2)[:, 0].tolist() == list(range(8))
+
+
+SAME_FROM_THE_FILE = [case for case in CASES if case not in ("llama_yarn", "llama3_rope")]
+
+
+@pytest.mark.parametrize("case", SAME_FROM_THE_FILE)
+def test_a_folder_written_and_read_back_computes_the_same(case: str, tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base", case)
+    export_model_gguf(base, None, tmp_path / "model.gguf", "f32")
+    report = import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    assert report.kept_quantized == 0
+    np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
+
+
+def test_llama_3s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
+    scaling = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    base = tiny_model_folder(tmp_path / "base", "llama", rope_scaling=scaling, rope_theta=500000.0)
+    export_model_gguf(base, None, tmp_path / "model.gguf", "f32")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    found = json.loads((tmp_path / "back" / "config.json").read_text())["rope_scaling"]
+    assert {key: found[key] for key in scaling} == scaling
+
+
+@pytest.mark.parametrize("case", ["llama_tied", "llama", "qwen3_moe"])
+def test_four_bit_weights_go_out_and_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base", case, quantize_bits=4)
+    _round_scales_to_half(base)
+    report = export_model_gguf(base, None, tmp_path / "model.gguf", "q4_1")
+    assert report.not_exact == ()
+    again = import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    assert again.kept_quantized == report.tensors["Q4_1"]
+    before, after = (mx.load(str(folder / "model.safetensors")) for folder in (base, tmp_path / "back"))
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    for name in (name for name in before if name.endswith(".scales") and name in after):
+        module = name.removesuffix("scales")
+        for part in ("weight", "scales", "biases"):
+            assert mx.array_equal(before[module + part].astype(after[module + part].dtype), after[module + part])
+    np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
+
+
+def _round_scales_to_half(folder: Path) -> None:
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    rounded = {
+        name: value.astype(mx.float16).astype(mx.float32) if name.endswith((".scales", ".biases")) else value
+        for name, value in weights.items()
+    }
+    mx.eval(rounded)
+    mx.save_safetensors(str(folder / "model.safetensors"), rounded)
+
+
+def test_scales_that_have_no_half_are_written_as_f16_and_named(tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", "llama_tied", quantize_bits=4)
+    report = export_model_gguf(base, None, tmp_path / "model.gguf", "q4_1")
+    assert len(report.not_exact) == report.tensors["F16"]
+    assert "model.layers.0.self_attn.q_proj.weight" in report.not_exact
+
+
+def test_adapted_matrices_of_a_four_bit_base_become_16_bit(tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base", "llama_tied", quantize_bits=4)
+    _round_scales_to_half(base)
+    adapter = make_adapter(tmp_path / "adapter", base, DENSE[:2])
+    report = export_model_gguf(base, adapter, tmp_path / "model.gguf", "q4_1")
+    assert report.adapted == report.tensors["F16"] == 8  # q and k of four layers
+
+
+def test_a_base_that_is_not_quantized_has_no_bits_to_keep(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not quantized"):
+        export_model_gguf(tiny_llama, None, tmp_path / "model.gguf", "q4_1")
+
+
+@pytest.mark.parametrize(("dtype", "found"), [("float32", mx.float32), ("bfloat16", mx.bfloat16)])
+def test_a_quantized_file_can_be_dequantized_as_it_is_read(dtype: Any, found: mx.Dtype, tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", "llama")
+    export_model_gguf(base, None, tmp_path / "model.gguf", "q8_0")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "kept")
+    import_gguf(tmp_path / "model.gguf", tmp_path / "back", dtype=dtype)
+    weights = mx.load(str(tmp_path / "back" / "model.safetensors"))
+    assert isinstance(weights, dict)
+    assert {value.dtype for value in weights.values()} == {found}
+    if dtype == "float32":
+        expected = mlx_log_probs(tmp_path / "kept", None)
+        np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), expected, atol=1e-3)
+
+
+def test_weights_are_sharded_when_they_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_model_folder(tmp_path / "base", "llama")
+    export_model_gguf(base, None, tmp_path / "model.gguf", "f16")
+    monkeypatch.setattr("mlx_dpo.gguf.read.SHARD_BYTES", 100_000)
+    import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    shards = sorted(file.name for file in (tmp_path / "back").glob("*.safetensors"))
+    assert len(shards) > 1
+    assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
+    assert mlx_log_probs(tmp_path / "back", None).shape[0] > 0
+
+
+def test_what_cannot_be_read_is_refused_and_leaves_no_folder(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.gguf").write_text("not a model")
+    with pytest.raises(ModelError, match="no GGUF file"):
+        import_gguf(tmp_path / "text.gguf", tmp_path / "out")
+    with pytest.raises(ModelError, match="no file"):
+        import_gguf(tmp_path / "missing.gguf", tmp_path / "out")
+    writer = gguf.GGUFWriter(tmp_path / "mamba.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="'mamba'"):
+        import_gguf(tmp_path / "mamba.gguf", tmp_path / "out")
+    adapter = make_adapter(tmp_path / "adapter", tiny_llama, DENSE[:1])
+    export_adapter_gguf(tiny_llama, adapter, tmp_path / "adapter.gguf")
+    with pytest.raises(ModelError, match="adapter of architecture 'llama'"):
+        import_gguf(tmp_path / "adapter.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "there").mkdir()
+    with pytest.raises(ModelError, match="exists already"):
+        import_gguf(tmp_path / "adapter.gguf", tmp_path / "there")
+
+
+def test_an_interrupted_import_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    export_model_gguf(tiny_llama, None, tmp_path / "model.gguf", "f16")
+    with pytest.raises(KeyboardInterrupt):
+        import_gguf(tmp_path / "model.gguf", tmp_path / "out", progress=stop)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]

@@ -1,0 +1,129 @@
+"""Tiny models of every architecture that goes into GGUF, random adapters for them, and what MLX computes with both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from support.tiny_models import tiny_model_folder
+
+IDS = [3, 41, 7, 99, 150, 12, 200, 31, 8, 77, 260, 5, 64, 18, 120, 222, 9, 45, 301, 13]
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+DENSE = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+EXPERTS = (*ATTENTION, "mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj")
+PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0 + i / 8 for i in range(8)],
+    "long_factor": [1.0 + i for i in range(8)],
+}
+
+EXACT, GELU = 2e-4, 0.03  # ggml looks its GELU up in a table of float16
+
+CASES: dict[str, tuple[str, dict[str, Any], Sequence[str], float]] = {
+    # name: the tiny model, what its config says besides, the adapted modules, the largest difference of a log-prob
+    "llama": ("llama", {}, DENSE, EXACT),
+    "llama_tied": ("llama_tied", {}, DENSE, EXACT),
+    "llama3_rope": ("llama", {"rope_scaling": LLAMA3_ROPE}, DENSE, EXACT),
+    "llama_linear_rope": ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, DENSE, EXACT),
+    "llama_yarn": ("llama", {"rope_scaling": YARN}, DENSE, EXACT),
+    "llama_bias": ("llama", {"attention_bias": True, "mlp_bias": True}, DENSE, EXACT),
+    "llama_head_dim": ("llama", {"head_dim": 32}, DENSE, EXACT),
+    "llama_head": ("llama", {}, (*DENSE, "lm_head"), EXACT),
+    "mistral": ("llama", {"model_type": "mistral"}, DENSE, EXACT),
+    "smollm3": ("smollm3", {"no_rope_layer_interval": 4}, DENSE, EXACT),
+    "qwen2": ("qwen2", {}, DENSE, EXACT),
+    "qwen3": ("qwen3", {}, DENSE, EXACT),
+    "qwen3_moe": ("qwen3_moe", {}, EXPERTS, EXACT),
+    "gemma": ("gemma", {}, DENSE, GELU),
+    "gemma2": ("gemma2", {"sliding_window": 4096}, DENSE, GELU),
+    "gemma3": ("gemma3", {"sliding_window_pattern": 6, "num_hidden_layers": 7}, DENSE, GELU),
+    "phi3": ("phi3", {}, PHI3, EXACT),
+    "phi3_partial": ("phi3", {"partial_rotary_factor": 0.5}, PHI3, EXACT),
+    "phi3_longrope": (
+        "phi3",
+        {"rope_scaling": LONGROPE, "original_max_position_embeddings": 64},
+        PHI3,
+        EXACT,
+    ),
+}
+
+
+def make_folder(folder: Path, case: str, **more: Any) -> Path:
+    arch, config, _, _ = CASES[case]
+    tiny_model_folder(folder, arch, **{k: v for k, v in config.items() if k != "model_type"}, **more)
+    if arch == "gemma3":  # the tiny model writes the head that mlx-lm makes before it ties it
+        weights = mx.load(str(folder / "model.safetensors"))
+        assert isinstance(weights, dict)
+        kept = {name: value for name, value in weights.items() if not name.startswith("lm_head.")}
+        mx.eval(kept)
+        mx.save_safetensors(str(folder / "model.safetensors"), kept)
+    if "model_type" in config:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"model_type": config["model_type"]}))
+    return folder
+
+
+def make_adapter(
+    folder: Path, base: Path, keys: Sequence[str], rank: int = 4, scale: float = 2.0, deviation: float = 0.15
+) -> Path:
+    """A random adapter on every layer, in mlx-lm's own layout, that moves log-probs by several nats."""
+    from mlx.utils import tree_flatten
+    from mlx_lm import load
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model, _ = load(str(base))
+    model.freeze()
+    settings = {"rank": rank, "scale": scale, "dropout": 0.0, "keys": [key for key in keys if key != "lm_head"]}
+    linear_to_lora_layers(model, len(model.layers), settings)
+    if "lm_head" in keys:
+        from mlx_lm.tuner.lora import LoRALinear
+
+        model.lm_head = LoRALinear.from_base(model.lm_head, r=rank, scale=scale)
+    weights = dict(tree_flatten(model.trainable_parameters()))
+    random = mx.random.split(mx.random.key(1), len(weights))
+    weights = {
+        name: mx.random.normal(value.shape, scale=deviation, key=key)
+        for (name, value), key in zip(weights.items(), random, strict=True)
+    }
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), weights)
+    config = {"fine_tune_type": "lora", "num_layers": len(model.layers), "lora_parameters": settings}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def mlx_log_probs(base: Path, adapter: Path | None, ids: Sequence[int] = IDS) -> np.ndarray:
+    """log p of every next token by mlx-lm in float32, `[tokens, vocab]`: the weights W + scale · (A B)ᵀ written out."""
+    from mlx.utils import tree_map
+    from mlx_lm import load
+
+    model, _ = load(str(base))
+    model.update(
+        tree_map(lambda p: p.astype(mx.float32) if mx.issubdtype(p.dtype, mx.floating) else p, model.parameters())
+    )
+    if adapter is not None:
+        rank_scale = json.loads((adapter / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+        weights = mx.load(str(adapter / "adapters.safetensors"))
+        assert isinstance(weights, dict)
+        for name in [name.removesuffix(".lora_a") for name in weights if name.endswith(".lora_a")]:
+            module = model
+            for part in name.split("."):
+                module = module[int(part)] if part.isdigit() else module[part]
+            a, b = weights[f"{name}.lora_a"], weights[f"{name}.lora_b"]
+            module.weight = module.weight + rank_scale * (b @ a if a.ndim == 3 else (a @ b).T)
+    logits = model(mx.array([list(ids)]))[0].astype(mx.float32)
+    return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))

@@ -1,0 +1,64 @@
+"""The first Ctrl-C is a wish that is heard between steps, the second one acts at once."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from mlx_dpo.training.interrupt import deferred_interrupt
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_noted_and_nothing_is_broken_off(number: signal.Signals) -> None:
+    with deferred_interrupt() as wish:
+        assert not wish.stop
+        signal.raise_signal(number)
+        assert wish.stop
+
+
+def test_the_second_signal_acts_as_it_always_does() -> None:
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as wish:
+        signal.raise_signal(signal.SIGINT)
+        assert wish.stop
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_after_a_polite_end_acts_at_once_too() -> None:
+    """A supervisor's SIGTERM, then an impatient user's SIGINT: of each kind the first is noted, the second acts."""
+    with deferred_interrupt() as wish:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+        assert wish.stop
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize("fail", [False, True])
+def test_afterwards_the_handlers_are_what_they_were(fail: bool) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    try:
+        with deferred_interrupt():
+            signal.raise_signal(signal.SIGINT)
+            if fail:
+                raise ValueError
+    except ValueError:
+        pass
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_in_another_thread_it_does_nothing_and_harms_nothing() -> None:
+    """Python hands signals to the main thread only."""
+    found: list[bool] = []
+
+    def work() -> None:
+        with deferred_interrupt() as wish:
+            found.append(wish.stop)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [False]
