@@ -112,11 +112,11 @@ class SpeedConfig:
 
     shared_prompt: bool = True  # a prompt is read once for all its answers
     prefill_step_size: int | None = None  # tokens read at a time; 0: all; null: 128 on a CPU, 512 on Metal
-    groups: bool = True  # sequences of like length are read together, the others apart, so that little is padding
-    completion_head: bool = True  # logits in chunks, and never kept
-    trunk: bool = True  # the frozen blocks' output is computed once a row
-    trunk_memory_gb: float = 2.0  # room for it in memory
-    trunk_disk_gb: float = 20.0  # and on disk, where it goes as a whole when memory has no room for it
+    length_buckets: bool = True  # sequences of like length are read together, so that little is padding
+    chunked_logits: bool = True  # logits in chunks, and never kept
+    activation_cache: bool = True  # the frozen blocks' output is computed once a row, and kept
+    activation_cache_memory_gb: float = 2.0  # room for it in memory
+    activation_cache_disk_gb: float = 20.0  # and on disk, where it goes as a whole when memory has no room for it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 
-class Phase(NamedTuple):
+class Progressed(NamedTuple):
     """A stage with a known amount of work begins or has come to `done` of `total`; `unit` names what is counted."""
 
     name: str
@@ -53,7 +53,7 @@ class Warned(NamedTuple):
     text: str
 
 
-Event = Phase | Started | Stepped | Evaluated | Saved | Warned
+Event = Progressed | Started | Stepped | Evaluated | Saved | Warned
 OnEvent = Callable[[Event], Any]
 
 

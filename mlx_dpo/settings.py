@@ -147,8 +147,8 @@ RULES: dict[str, tuple[str, Test]] = {
     "optim.warmup_steps": not_negative,
     "optim.max_grad_norm": not_negative,
     "speed.prefill_step_size": not_negative,
-    "speed.trunk_memory_gb": not_negative,
-    "speed.trunk_disk_gb": not_negative,
+    "speed.activation_cache_memory_gb": not_negative,
+    "speed.activation_cache_disk_gb": not_negative,
     "train.output": ("the name of a folder", lambda path: path != ""),
     "train.batch_size": at_least_1,
     "train.grad_accumulation_steps": at_least_1,
@@ -168,6 +168,16 @@ READERS: dict[str, tuple[str, ...]] = {
     "adam_beta2": ("adamw", "adam", "lion"),
     "adam_epsilon": ("adamw", "adam"),
     "momentum": ("sgd", "muon"),
+}
+
+
+RENAMED = {
+    # what a setting was called in earlier versions: refused, with its name of today
+    "speed.trunk": "speed.activation_cache",
+    "speed.trunk_memory_gb": "speed.activation_cache_memory_gb",
+    "speed.trunk_disk_gb": "speed.activation_cache_disk_gb",
+    "speed.groups": "speed.length_buckets",
+    "speed.completion_head": "speed.chunked_logits",
 }
 
 
@@ -248,7 +258,8 @@ def _suggestion(key: str) -> str:
     known = list(known_settings())
     last = key.rsplit(".", 1)[-1]
     near = (
-        [name for name in known if name == key or name.endswith(f".{last}")]
+        [RENAMED[name] for name in (key, f"speed.{key}") if name in RENAMED]
+        or [name for name in known if name == key or name.endswith(f".{last}")]
         or ("." not in key and difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.7))
         or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
         or [

@@ -40,7 +40,7 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
     require(config, "--model", "--data")
 
     from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.logprobs.scorer import levers_on
+    from mlx_dpo.logprobs.scorer import optimizations_on
     from mlx_dpo.planning.machine import apple_machine, this_machine
     from mlx_dpo.training.setup import plan_run
 
@@ -53,7 +53,7 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
         print(json.dumps(said | asdict(found) | {"timing": asdict(timing) if timing else None}, ensure_ascii=False))
     else:
         _show(found, timing, machine)
-        off = [name for name in levers_on(config.speed) if name not in levers_on(found.speed)]
+        off = [name for name in optimizations_on(config.speed) if name not in optimizations_on(found.speed)]
         without = [f"without speed.{name}, which this model's code does not take" for name in off]
         for note in (*found.notes, *without):
             show_warning(stderr(), note)

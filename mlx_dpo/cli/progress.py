@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dpo.cli.console import show_warning, stderr
-from mlx_dpo.events import Evaluated, OnEvent, Phase, Saved, Started, Stepped, Warned
+from mlx_dpo.events import Evaluated, OnEvent, Progressed, Saved, Started, Stepped, Warned
 
 LINES = 20
 """Steps that a run reports where no bar can be drawn."""
@@ -76,7 +76,7 @@ WORDS: dict[str, Callable[[dict[str, float]], str]] = {
 }
 
 
-def _phase(screen: Screen, event: Phase) -> None:
+def _phase(screen: Screen, event: Progressed) -> None:
     if not event.total:
         return
     if event.name not in screen.tasks:
@@ -121,7 +121,7 @@ def _warned(screen: Screen, event: Warned) -> None:
 
 
 RENDER: dict[type, Callable[[Screen, Any], None]] = {
-    Phase: _phase,
+    Progressed: _phase,
     Started: _started,
     Stepped: _stepped,
     Evaluated: _evaluated,

@@ -16,14 +16,14 @@ from mlx_dpo.data.sources import read_splits
 from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, evaluate_rows, replay, score_rows
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
-from mlx_dpo.logprobs.check import settle
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
+from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
 from mlx_dpo.reference import store
-from mlx_dpo.reference.store import Reference
+from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.training.setup import kind_of as trained_on
 from mlx_dpo.training.setup import mismatched
 from mlx_dpo.types import Kind
@@ -38,16 +38,16 @@ ACCURACY = ("rewards/accuracies", "accuracy_low", "accuracy_high")
 
 
 @dataclass(frozen=True)
-class Bench:
+class EvalSetup:
     """A model, its reference and the rows to judge it by, ready to be scored.
 
-    `known` are the rows' reference log-probs, None without a reference; `is_reference` says that the policy is the
+    `ref_logps` are the rows' reference log-probs, None without a reference; `is_reference` says that the policy is the
     reference itself, so nothing is computed twice and every reward is exactly 0.
     """
 
     score: Score
     rows: list[TokenizedRow]
-    known: Reference | None
+    ref_logps: RefLogps | None
     is_reference: bool
     kind: Kind
     report: EncodeReport
@@ -79,22 +79,22 @@ def evaluate(
         MlxDpoError: the data, the model or an adapter cannot be used, or they do not go together.
     """
     loss = loss or LossConfig()
-    bench = set_up(
+    setup = set_up(
         model, data, loss, (trained_on(loss), *accepted_kinds(loss)), split=split,
         reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
     )  # fmt: skip
     found = evaluate_rows(
-        bench.score, bench.rows, bench.known, loss, bench.kind, batch_size=batch_size, on_event=on_event
+        setup.score, setup.rows, setup.ref_logps, loss, setup.kind, batch_size=batch_size, on_event=on_event
     )
-    if bench.is_reference:
+    if setup.is_reference:
         found = {name: value for name, value in found.items() if name not in ACCURACY}
-    report = bench.report
+    report = setup.report
     return {
         "model": model.path,
         "adapter": model.adapter,
         "data": data.path,
         "objective": loss.type,
-        "reference": "none" if bench.known is None else reference_adapter or loss.reference,
+        "reference": "none" if setup.ref_logps is None else reference_adapter or loss.reference,
         "rows": report.kept,
         "dropped": len(report.dropped),
         "cut_rows": report.cut_rows,
@@ -127,19 +127,19 @@ def score(
         MlxDpoError: the data, the model or an adapter cannot be used, or they do not go together.
     """
     loss = loss or LossConfig()
-    bench = set_up(
+    setup = set_up(
         model, data, loss, get_args(Kind), split=split,
         reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
     )  # fmt: skip
-    describe = describe_pair if bench.kind == "pair" else describe_answers
+    describe = describe_pair if setup.kind == "pair" else describe_answers
     window = WINDOW * batch_size
-    for start in range(0, len(bench.rows), window):
-        on_event(Phase("scoring", start, len(bench.rows), "rows"))
-        places = range(start, min(start + window, len(bench.rows)))
-        policy = score_rows(bench.score, bench.rows, batch_size, places)
-        for i, found in zip(places, policy, strict=True):
-            yield describe(bench.rows[i], found, bench.known[i] if bench.known is not None else None, loss.beta)
-    on_event(Phase("scoring", len(bench.rows), len(bench.rows), "rows"))
+    for start in range(0, len(setup.rows), window):
+        on_event(Progressed("scoring", start, len(setup.rows), "rows"))
+        row_indices = range(start, min(start + window, len(setup.rows)))
+        policy = score_rows(setup.score, setup.rows, batch_size, row_indices)
+        for i, found in zip(row_indices, policy, strict=True):
+            yield describe(setup.rows[i], found, setup.ref_logps[i] if setup.ref_logps is not None else None, loss.beta)
+    on_event(Progressed("scoring", len(setup.rows), len(setup.rows), "rows"))
 
 
 def set_up(
@@ -152,7 +152,7 @@ def set_up(
     reference_adapter: str | None = None,
     batch_size: int = 8,
     on_event: OnEvent = ignore,
-) -> Bench:
+) -> EvalSetup:
     """Loads data, model and adapters, and computes the reference's log-probs or finds them on disk.
 
     Rows of another kind than `kinds` are converted to the first of those.
@@ -166,14 +166,14 @@ def set_up(
     if kind == "unpaired":
         rows = mismatched(rows)
     if other is None:
-        return Bench(_with_adapter(loaded, model.adapter, rows, on_event), rows, None, False, kind, report)
+        return EvalSetup(_with_adapter(loaded, model.adapter, rows, on_event), rows, None, False, kind, report)
     from_base = other == replace(model, adapter=None)
     scorer = _with_adapter(loaded, model.adapter if from_base else other.adapter, rows, on_event)
     digest = store.model_digest(loaded, with_adapter=not from_base)
     with lora.switched_off(loaded.model) if from_base and model.adapter else nullcontext():
-        known = store.compute_reference(scorer, rows, digest, batch_size=batch_size, on_event=on_event)
+        ref_logps = store.compute_reference(scorer, rows, digest, batch_size=batch_size, on_event=on_event)
     if other == model:
-        return Bench(replay(known), rows, known, True, kind, report)
+        return EvalSetup(replay(ref_logps), rows, ref_logps, True, kind, report)
     if not from_base:
         vocabulary = loaded.tokenizer.get_vocab()
         loaded = _load(model, on_event)
@@ -183,7 +183,7 @@ def set_up(
                 "a reference must read the same tokens, as another size or stage of the same model family does",
             )
         scorer = _with_adapter(loaded, model.adapter, rows, on_event)
-    return Bench(scorer, rows, known, False, kind, report)
+    return EvalSetup(scorer, rows, ref_logps, False, kind, report)
 
 
 def _reference_model(model: ModelConfig, wanted: str) -> ModelConfig:
@@ -205,18 +205,18 @@ def _reference_model(model: ModelConfig, wanted: str) -> ModelConfig:
 
 
 def _load(model: ModelConfig, on_event: OnEvent) -> LoadedModel:
-    on_event(Phase("loading the model", 0, 1, ""))
+    on_event(Progressed("loading the model", 0, 1, ""))
     loaded = load(model)
-    on_event(Phase("loading the model", 1, 1, ""))
+    on_event(Progressed("loading the model", 1, 1, ""))
     return loaded
 
 
 def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent) -> Scorer:
-    """Puts `adapter` on the model and gives a scorer by the levers that hold for it."""
+    """Puts `adapter` on the model and gives a scorer by the optimizations that hold for it."""
     if adapter:
         lora.load(loaded.model, adapter)
-    speed = SpeedConfig(trunk=False)  # of use only from the second pass on
-    speed, _ = settle(loaded.model, rows, speed, on_event=on_event)
+    speed = SpeedConfig(activation_cache=False)  # of use only from the second pass on
+    speed, _ = check_optimizations(loaded.model, rows, speed, on_event=on_event)
     loaded.model.eval()
     return Scorer(loaded.model, speed)
 

@@ -11,42 +11,42 @@ import numpy as np
 from mlx_dpo.config import LossConfig
 from mlx_dpo.data.batching import Batch, length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.events import OnEvent, Progressed, ignore
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.losses import compute_loss
 from mlx_dpo.losses.metrics import Sums, averages, batch_metrics, ranked_accuracy, wilson_interval
 from mlx_dpo.reference import store
-from mlx_dpo.reference.store import Reference
+from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.types import Kind, TokenLogps
 
 Score = Callable[..., TokenLogps]
 """What gives a batch's token log-probs: a `Scorer`, or something that is called like one."""
 
 
-def replay(known: Reference) -> Score:
+def replay(ref_logps: RefLogps) -> Score:
     """What was computed once, in a scorer's place: exactly the same numbers, however rows are batched."""
 
     def score(batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool = False) -> TokenLogps:
-        return TokenLogps(store.reference_batch(known, batch))
+        return TokenLogps(store.batch_ref_logps(ref_logps, batch))
 
     return score
 
 
 def score_rows(
-    score: Score, rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[int] | None = None
-) -> Reference:
-    """Token log-probs of the rows at `places` (all without them), in that order, for a model in evaluation mode."""
+    score: Score, rows: Sequence[TokenizedRow], batch_size: int, row_indices: Sequence[int] | None = None
+) -> RefLogps:
+    """Token log-probs of the rows at `row_indices` (of all without them), in that order; the model is in eval mode."""
     found: dict[int, list[np.ndarray]] = {}
-    for batch in by_length(rows, batch_size, places):
+    for batch in by_length(rows, batch_size, row_indices):
         found.update(zip(batch.index.tolist(), store.score_batch(cast(Scorer, score), batch), strict=True))
-    return [found[i][: len(rows[i].completions)] for i in (range(len(rows)) if places is None else places)]
+    return [found[i][: len(rows[i].completions)] for i in (range(len(rows)) if row_indices is None else row_indices)]
 
 
 def describe_pair(
-    row: TokenizedRow, policy: list[np.ndarray], known: list[np.ndarray] | None, beta: float
+    row: TokenizedRow, policy: list[np.ndarray], ref_logps: list[np.ndarray] | None, beta: float
 ) -> dict[str, Any]:
     """A pair's line of `score`."""
-    whole = describe_answers(row, policy, known, beta)
+    whole = describe_answers(row, policy, ref_logps, beta)
     chosen, rejected = whole["rewards"]
     base = whole["ref_logps"] or (None, None)
     return {
@@ -64,12 +64,12 @@ def describe_pair(
 
 
 def describe_answers(
-    row: TokenizedRow, policy: list[np.ndarray], known: list[np.ndarray] | None, beta: float
+    row: TokenizedRow, policy: list[np.ndarray], ref_logps: list[np.ndarray] | None, beta: float
 ) -> dict[str, Any]:
     """A ranking's, an unpaired row's or a demonstration's line of `score`; KTO's mismatched answer is left out."""
     judged = [k for k, rank in enumerate(row.ranks) if rank > 0]
     logps = [float(policy[k].sum(dtype=np.float64)) for k in judged]
-    base = None if known is None else [float(known[k].sum(dtype=np.float64)) for k in judged]
+    base = None if ref_logps is None else [float(ref_logps[k].sum(dtype=np.float64)) for k in judged]
     line: dict[str, Any] = {
         "id": row.id,
         "logps": logps,
@@ -84,12 +84,14 @@ def describe_answers(
     return line
 
 
-def by_length(rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[int] | None = None) -> Iterator[Batch]:
+def by_length(
+    rows: Sequence[TokenizedRow], batch_size: int, row_indices: Sequence[int] | None = None
+) -> Iterator[Batch]:
     """Batches of like length and number of answers, for passes in which order does not matter.
 
-    Of the rows at `places` where they are given; a batch's `index` are places in `rows`.
+    Of the rows at `row_indices` where they are given; a batch's `index` are row_indices in `rows`.
     """
-    wanted = range(len(rows)) if places is None else places
+    wanted = range(len(rows)) if row_indices is None else row_indices
     order = sorted(wanted, key=lambda i: (len(rows[i].completions), length(rows[i])))
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -99,28 +101,28 @@ def by_length(rows: Sequence[TokenizedRow], batch_size: int, places: Sequence[in
 def evaluate_rows(
     score: Score,
     rows: Sequence[TokenizedRow],
-    known: Reference | None,
+    ref_logps: RefLogps | None,
     loss: LossConfig,
     kind: Kind,
     *,
     batch_size: int,
-    places: Sequence[int] | None = None,
+    row_indices: Sequence[int] | None = None,
     stats: tuple[str, ...] = (),
     on_event: OnEvent = ignore,
 ) -> dict[str, float]:
-    """TRL's metrics over the rows at `places` (all without them), as if they were one batch, for a policy in
+    """TRL's metrics over the rows at `row_indices` (all without them), as if they were one batch, for a policy in
     evaluation mode.
 
     Beside them `accuracy_low` and `accuracy_high`, the 95 % Wilson interval of rewards/accuracies over `comparisons`
-    pairs, and of pairs and rankings how log-probs alone rank them. `known` are the rows' reference log-probs; None for
-    losses without a reference.
+    pairs, and of pairs and rankings how log-probs alone rank them. `ref_logps` are those of all rows, None for losses
+    without a reference.
     """
     parts: list[Sums] = []
-    done, total = 0, len(rows if places is None else places)
-    for batch in by_length(rows, batch_size, places):
-        on_event(Phase("evaluation", done, total, "rows"))
+    done, total = 0, len(rows if row_indices is None else row_indices)
+    for batch in by_length(rows, batch_size, row_indices):
+        on_event(Progressed("evaluation", done, total, "rows"))
         policy = score(batch, stats, gradient=False)
-        base = store.reference_batch(known, batch) if known is not None else None
+        base = store.batch_ref_logps(ref_logps, batch) if ref_logps is not None else None
         mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, kind)
         output = compute_loss(policy, base, mask, rank, label, loss)
         sums = batch_metrics(output, policy, base, mask, rank, label, kind)
@@ -130,7 +132,7 @@ def evaluate_rows(
         mx.eval(sums)
         parts.append(sums)
         done += len(batch.index)
-    on_event(Phase("evaluation", done, total, "rows"))
+    on_event(Progressed("evaluation", done, total, "rows"))
     return averages(parts) | accuracy_interval(parts)
 
 

@@ -122,7 +122,7 @@ def _natural_dtype(model: nn.Module, pack: bool) -> mx.Dtype | None:
 
 
 @dataclass(frozen=True)
-class LayerLoss:
+class LayerRoundingError:
     """What became of one layer's change Δ = W' - W when W' was rounded to `form`; norms are Frobenius norms.
 
     `error` = ‖(Q(W') - Q(W)) - Δ‖ / ‖Δ‖: 0 when the change arrives whole, about 1 when it is rounded away, more when it
@@ -138,7 +138,7 @@ class LayerLoss:
     kept: float
 
 
-def measure_loss(model: nn.Module, adapted: Form) -> Iterator[LayerLoss]:
+def rounding_errors(model: nn.Module, adapted: Form) -> Iterator[LayerRoundingError]:
     """What rounding to `adapted` takes from each adapted layer, with one layer in memory at a time."""
     for name, module in adapted_layers(model):
         base = base_of(module)
@@ -150,10 +150,10 @@ def measure_loss(model: nn.Module, adapted: Form) -> Iterator[LayerLoss]:
         mx.eval(sizes)
         weight, change, lost, along = (float(size) for size in sizes)
         error, kept = ((lost / change) ** 0.5, along / change) if change else (0.0, 1.0)
-        yield LayerLoss(name, str(form), weight**0.5, change**0.5, error, kept)
+        yield LayerRoundingError(name, str(form), weight**0.5, change**0.5, error, kept)
 
 
-def total_loss(layers: Sequence[LayerLoss]) -> tuple[float, float]:
+def total_rounding_error(layers: Sequence[LayerRoundingError]) -> tuple[float, float]:
     """`error` and `kept` of all layers as if they were one."""
     change = sum(layer.delta**2 for layer in layers)
     if not change:

@@ -16,8 +16,16 @@ from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_dpo.config import DataConfig, Dtype, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
-from mlx_dpo.export.forms import Form, LayerLoss, choose_forms, dtype_name, measure_loss, packing, total_loss
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
+from mlx_dpo.export.forms import (
+    Form,
+    LayerRoundingError,
+    choose_forms,
+    dtype_name,
+    packing,
+    rounding_errors,
+    total_rounding_error,
+)
 from mlx_dpo.export.verify import Verified, verify_folder
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load, resolve
@@ -50,12 +58,12 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What was written, and what rounding took; `error` and `kept` as in `LayerLoss`, of all layers together."""
+    """What was written, and what rounding took; `error` and `kept` as in `LayerRoundingError`, of all layers."""
 
     output: Path
     form: str
     adapted_form: str
-    layers: tuple[LayerLoss, ...]
+    layers: tuple[LayerRoundingError, ...]
     error: float
     kept: float
     size: int  # bytes of weights
@@ -93,22 +101,22 @@ def fuse(
     tuned, config, folder, _ = load_stored(model, adapter)
     plain, adapted = choose_forms(tuned, dtype, quantize_bits, quantize_group_size, quantize_mode, keep_adapted_bits)
     count = len(adapted_layers(tuned))
-    losses: list[LayerLoss] = []
-    for loss in measure_loss(tuned, adapted):
+    losses: list[LayerRoundingError] = []
+    for loss in rounding_errors(tuned, adapted):
         losses.append(loss)
-        on_event(Phase("measuring what rounding takes", len(losses), count, "layers"))
+        on_event(Progressed("measuring what rounding takes", len(losses), count, "layers"))
     one = base_of(adapted_layers(tuned)[0][1])
-    error, kept = total_loss(losses)
+    error, kept = total_rounding_error(losses)
     report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(losses), error, kept, 0, None)
     if error > WARN_ABOVE:
         on_event(Warned(_advice(report, packed=adapted.bits is not None)))
     settings = _settle(tuned, config, plain, adapted)
     with written_whole(output) as beside:
         beside.mkdir(exist_ok=True)
-        on_event(Phase("writing weights", 0, 1, ""))
+        on_event(Progressed("writing weights", 0, 1, ""))
         write_folder(tuned, settings, folder, beside)
         card_along(adapter, beside, fused=True, on_event=on_event)
-        on_event(Phase("writing weights", 1, 1, ""))
+        on_event(Progressed("writing weights", 1, 1, ""))
         verified = None
         if verify:
             trained = replace(model, adapter=str(adapter))

@@ -12,7 +12,7 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.data.load import load_records
 from mlx_dpo.data.tokenize import encode_records
 from mlx_dpo.errors import UsageError
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.export.ollama import in_mlx_form, write_fused_gguf
 from mlx_dpo.export.verify import demo_rows
 from mlx_dpo.gguf.base import open_base
@@ -96,7 +96,7 @@ def export_gguf_adapter(
         plain = Path(made) / "base.gguf"
         export_model_gguf(
             base, None, plain, "f32",
-            lambda done, total: on_event(Phase("writing the base for the check", done, total, "tensors")),
+            lambda done, total: on_event(Progressed("writing the base for the check", done, total, "tensors")),
         )  # fmt: skip
         on, off = float32_log_probs(base, folder)
         found = verify_gguf(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.events import OnEvent, Phase, ignore
+from mlx_dpo.events import OnEvent, Progressed, ignore
 
 ADAPTER = ("adapters.safetensors", "adapter_model.safetensors", "adapter_config.json", "README.md")
 """What goes of an adapter's folder: not its settings, metrics and checkpoints, which name the user's own files."""
@@ -51,7 +51,7 @@ def push(
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
-    on_event(Phase("uploading", 0, 1, ""))
+    on_event(Progressed("uploading", 0, 1, ""))
     try:
         url = HfApi().create_repo(repo, private=private, exist_ok=True)
         HfApi().upload_folder(
@@ -63,7 +63,7 @@ def push(
             f"the Hub did not take {folder} as {repo}: {said}",
             "log in with `hf auth login`, with a token that may write; the same command goes on where it stopped",
         ) from error
-    on_event(Phase("uploading", 1, 1, ""))
+    on_event(Progressed("uploading", 1, 1, ""))
     return PushReport(repo, private, listed, str(url))
 
 

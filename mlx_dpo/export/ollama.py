@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_dpo.config import DataConfig, ModelConfig
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.export.fuse import check_output, load_stored
 from mlx_dpo.export.ollama_template import go_template, learn_shape
 from mlx_dpo.export.verify import verify_gguf
@@ -104,7 +104,7 @@ def write_fused_gguf(
     with in_mlx_form(model, adapter) as folder:
         export_model_gguf(
             resolve(model.path, model.revision), folder, file, outtype,
-            lambda done, total: on_event(Phase("writing GGUF", done, total, "tensors")),
+            lambda done, total: on_event(Progressed("writing GGUF", done, total, "tensors")),
         )  # fmt: skip
         if not verify or not runtime_installed():
             return None

@@ -18,28 +18,28 @@ from mlx_dpo.data.load import load_records
 from mlx_dpo.data.tokenize import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluation.rows import score_rows
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.gguf.base import open_base
 from mlx_dpo.gguf.verify import VerifyReport, float32_log_probs, tolerance_for
 from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load, resolve
-from mlx_dpo.reference.store import Reference
+from mlx_dpo.reference.store import RefLogps
 
 EXACT = 1e-3
 """Largest difference of a token's log-prob, in nats, that float32 on two ways to the same numbers explains."""
 
-OTHER_MODEL = 1.0
+ANOTHER_MODEL = 1.0
 """A difference of a token's log-prob, in nats, that no way of computing the same model explains."""
 
 DROWNED = 0.5
 """Where weights were rounded: how large the error may be beside the adapter's own effect before the check fails."""
 
-Runtime = Callable[[Sequence[TokenizedRow], Reference], Reference]
+Runtime = Callable[[Sequence[TokenizedRow], RefLogps], RefLogps]
 """Token log-probs of rows as another runtime computes them; it is given those of our base model."""
 
-PLAIN = SpeedConfig(shared_prompt=False, trunk=False)
+PLAIN = SpeedConfig(shared_prompt=False, activation_cache=False)
 """Whole sequences, as every runtime reads them."""
 
 
@@ -90,7 +90,7 @@ def verify_folder(
     """
     other = replace(trained, path=str(folder), revision=None, adapter=None, quantize_bits=None)
 
-    def run(tokenized: Sequence[TokenizedRow], off: Reference) -> Reference:
+    def run(tokenized: Sequence[TokenizedRow], off: RefLogps) -> RefLogps:
         loaded = load(other)
         if adapter is not None:
             lora.load(loaded.model, adapter)
@@ -114,7 +114,7 @@ def verify(
     Raises:
         ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
     """
-    on_event(Phase(f"checking in {runtime}", 0, 1, ""))
+    on_event(Progressed(f"checking in {runtime}", 0, 1, ""))
     data = data or demo_rows()
     loaded = load(trained)
     tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
@@ -124,7 +124,7 @@ def verify(
     on = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     del loaded  # the other runtime needs the room
     found = compare(runtime, tokenized, off, on, run(tokenized, off), tolerance)
-    on_event(Phase(f"checking in {runtime}", 1, 1, ""))
+    on_event(Progressed(f"checking in {runtime}", 1, 1, ""))
     if tolerance is not None and not found.holds:
         raise ModelError(
             f"the export is not what was trained: in {runtime} log-probs differ by up to {found.largest:.3g} nats from "
@@ -142,9 +142,9 @@ def demo_rows() -> DataConfig:
 def compare(
     runtime: str,
     rows: Sequence[TokenizedRow],
-    off: Reference,
-    on: Reference,
-    exported: Reference,
+    off: RefLogps,
+    on: RefLogps,
+    exported: RefLogps,
     tolerance: float | None,
 ) -> Verified:
     """The differences between three models' token log-probs of the same rows: base, trained, exported."""
@@ -167,7 +167,7 @@ def compare(
     )
 
 
-def _largest(one: Reference, other: Reference) -> float:
+def _largest(one: RefLogps, other: RefLogps) -> float:
     """The largest difference of a token's log-prob."""
     pairs = (pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True))
     return max(float(np.abs(a - b).max()) for a, b in pairs)
@@ -177,7 +177,7 @@ def _rms(values: np.ndarray) -> float:
     return float(np.sqrt(np.mean(values**2)))
 
 
-def _accuracy(pairs: Sequence[int], off: Reference, model: Reference) -> float | None:
+def _accuracy(pairs: Sequence[int], off: RefLogps, model: RefLogps) -> float | None:
     def gain(i: int, answer: int) -> float:
         return float((model[i][answer].astype(np.float64) - off[i][answer]).sum())
 
@@ -207,7 +207,7 @@ def verify_peft(
         ModelError: it computes something else than was trained.
     """
 
-    def run(tokenized: Sequence[TokenizedRow], off: Reference) -> Reference:
+    def run(tokenized: Sequence[TokenizedRow], off: RefLogps) -> RefLogps:
         from transformers import AutoModelForCausalLM
 
         torch, peft = import_module("torch"), import_module("peft")  # no dependencies of ours
@@ -219,12 +219,12 @@ def verify_peft(
             picked: np.ndarray = every.gather(-1, ids[0, 1:, None])[:, 0].numpy()
             return picked[len(context) - 1 :] if context else np.concatenate([np.zeros(1, np.float32), picked])
 
-        def of(model: Any) -> Reference:
+        def of(model: Any) -> RefLogps:
             return [[logps(model, row.context(k), ids) for k, ids in enumerate(row.completions)] for row in tokenized]
 
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         own = of(plain)
-        if _largest(own, off) > OTHER_MODEL:
+        if _largest(own, off) > ANOTHER_MODEL:
             raise _OtherModelError
         on = of(peft.PeftModel.from_pretrained(plain, adapter).eval())
         return [
@@ -263,7 +263,7 @@ def verify_gguf(
     """
     from mlx_lm.utils import load_tokenizer
 
-    on_event(Phase("checking in llama.cpp", 0, 1, ""))
+    on_event(Progressed("checking in llama.cpp", 0, 1, ""))
     folder = resolve(trained.path, trained.revision)
     data = data or demo_rows()
     tokenized, _ = encode_records(load_records(data.path)[:rows], load_tokenizer(folder)._tokenizer, data)
@@ -271,5 +271,5 @@ def verify_gguf(
     tolerance = tolerance_for(outtype, open_base(folder).model_type)
     ids = [row.context(0) + row.completions[0] for row in tokenized]
     report = held_in_llama_cpp(file, ids, on, adapter_off=off, tolerance=tolerance)
-    on_event(Phase("checking in llama.cpp", 1, 1, ""))
+    on_event(Progressed("checking in llama.cpp", 1, 1, ""))
     return report

@@ -1,8 +1,8 @@
-"""The trunk once: what the frozen blocks below the first adapted one give for a row never changes.
+"""The frozen blocks once: what the blocks below the first adapted one give for a row never changes during a run.
 
-Their output is computed before the first step, and kept within a stated budget of memory and then of disk. From then on
-a step begins at the first adapted block. Exact: the same numbers, read instead
-of computed. Causal blocks only, in which a prompt's states do not depend on the answer behind it.
+Their output is computed before the first step and kept within a stated budget of memory, or else of disk. From then on
+a step begins at the first adapted block. Exact: the same numbers, read instead of computed. It works where a prompt's
+states do not depend on the answer behind it, which causal blocks see to.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 
 from mlx_dpo.data.batching import Batch
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.logprobs.buckets import Group
+from mlx_dpo.logprobs.buckets import Bucket
 from mlx_dpo.models.trees import flat
 
 BITS = {2: mx.uint16, 4: mx.uint32}
-"""How half and single precision are kept on the host, which has no bfloat16."""
+"""How half and single precision are kept on the host, whose numpy has no bfloat16."""
 
 
 def first_adapted(model: nn.Module) -> int:
@@ -29,26 +29,27 @@ def first_adapted(model: nn.Module) -> int:
     return next((i for i, block in enumerate(blocks) if flat(block.trainable_parameters())), len(blocks))
 
 
-def row_tokens(row: TokenizedRow) -> int:
+def cached_tokens(row: TokenizedRow) -> int:
     """Tokens of a row whose states are kept: the prompt once, and each answer without its last token."""
     return len(row.prompt) + sum(len(ids) - 1 for ids in row.completions)
 
 
-class TrunkStore:
-    """The states of a data set's rows (of those at `places`), in `memory` bytes, else in `disk` bytes, else not at all.
+class ActivationCache:
+    """Hidden states at the first adapted block, for the rows of a data set (of those at `row_indices`).
 
-    `index` of a batch names its rows.
+    They are kept in `memory` bytes where they fit, else in a temporary file of `disk` bytes, else not at all. A batch's
+    `index` names its rows.
     """
 
     def __init__(
-        self, rows: Sequence[TokenizedRow], memory: float, disk: float, places: Sequence[int] | None = None
+        self, rows: Sequence[TokenizedRow], memory: float, disk: float, row_indices: Sequence[int] | None = None
     ) -> None:
         self._rows = rows
         self._budget = (memory, disk)
         self._missing = np.zeros(len(rows), bool)
-        self._missing[range(len(rows)) if places is None else places] = True
+        self._missing[range(len(rows)) if row_indices is None else row_indices] = True
         self._known = np.zeros(len(rows), bool)
-        tokens = [row_tokens(row) if wanted else 0 for row, wanted in zip(rows, self._missing, strict=True)]
+        tokens = [cached_tokens(row) if wanted else 0 for row, wanted in zip(rows, self._missing, strict=True)]
         self._start = np.concatenate([[0], np.cumsum(tokens)])
         self._states: np.ndarray | None = None  # [tokens, hidden], bits of the model's dtype
         self._dtype = mx.float32
@@ -64,31 +65,32 @@ class TrunkStore:
         """Whether a batch has rows that are to be kept and are not known yet."""
         return not self.no_room and bool(self._missing[batch.index].any())
 
-    def get(self, batch: Batch, groups: Sequence[Group]) -> list[mx.array]:
-        """The states of a batch as it is read in `groups`, one array for each, padded with zeros."""
+    def get(self, batch: Batch, buckets: Sequence[Bucket]) -> list[mx.array]:
+        """The states of a batch as it is read in `buckets`, one array for each, padded with zeros."""
         assert self._states is not None
         arrays = []
-        for group in groups:
-            array = np.zeros((*group.tokens.shape, self._states.shape[1]), self._states.dtype)
-            for line, pieces in enumerate(group.pieces):
-                for column, place, offset, count in pieces:
-                    at = self._start[batch.index[place]] + offset
+        for bucket in buckets:
+            array = np.zeros((*bucket.tokens.shape, self._states.shape[1]), self._states.dtype)
+            for line, spans in enumerate(bucket.spans):
+                for column, row, offset, count in spans:
+                    at = self._start[batch.index[row]] + offset
                     array[line, column : column + count] = self._states[at : at + count]
             arrays.append(mx.array(array).view(self._dtype))
         return arrays
 
-    def put(self, batch: Batch, groups: Sequence[Group], arrays: Sequence[mx.array]) -> None:
+    def put(self, batch: Batch, buckets: Sequence[Bucket], arrays: Sequence[mx.array]) -> None:
         """Keeps the states that `arrays` hold; nothing where the budget has no room for all rows."""
         if self._states is None and not self.no_room:
             self._allocate(arrays[0])
         if self._states is None:
             return
-        for group, states in zip(groups, arrays, strict=True):
+        for bucket, states in zip(buckets, arrays, strict=True):
             host = np.array(states.view(BITS[states.dtype.size]))
-            for line, pieces in enumerate(group.pieces):
-                for column, place, offset, count in pieces:
-                    if self._missing[batch.index[place]]:
-                        at = self._start[batch.index[place]] + offset
+            for line, spans in enumerate(bucket.spans):
+                for column, row, offset, count in spans:
+                    # a row that is known keeps its first bits, in whatever batch it comes again
+                    if self._missing[batch.index[row]]:
+                        at = self._start[batch.index[row]] + offset
                         self._states[at : at + count] = host[line, column : column + count]
         self._known[batch.index] |= self._missing[batch.index]
         self._missing[batch.index] = False
@@ -103,7 +105,7 @@ class TrunkStore:
             self._states = np.empty(shape, bits)
         elif self.nbytes <= disk:
             self.on_disk = True
-            with tempfile.TemporaryFile(prefix="mlx_dpo-trunk-") as file:  # the map outlives it
+            with tempfile.TemporaryFile(prefix="mlx_dpo-activations-") as file:  # the map outlives it
                 self._states = np.memmap(file, bits, "w+", shape=shape)
         else:
             self.no_room = True

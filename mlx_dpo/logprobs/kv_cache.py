@@ -1,12 +1,13 @@
-"""The prompt once for all its answers: its keys and values, computed once and read by every answer.
+"""Keys and values of a prompt, computed once and read by every answer: differentiable stand-ins for mlx-lm's caches.
 
 Causal attention lets a token see only what stands before it, so a prompt's hidden states do not depend on the answer
 that follows. Run prompts `[R, P]`, keep each block's keys and values, which are ordinary differentiable arrays, and run
 the answers on top of them. The gradient of K answers flows back into one prompt pass as a sum: the same sum
-that K separate passes would have given.
+that K separate passes would have given. A model whose blocks keep another state than keys and values (state-space,
+convolution) cannot be read this way; `check.py` finds that out.
 
-For the same reason a long sequence can be read in steps, each on top of the keys and values of those before it. Of all
-pairs of tokens nearly half are masked, and of these only the ones within a step are computed.
+For the same reason a long sequence can be read in steps (chunked prefill), each on top of the keys and values of those
+before it. Of all pairs of tokens nearly half are masked, and of these only the ones within a step are computed.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import numpy as np
 KeysValues = tuple[mx.array, mx.array]
 
 
-class PromptCache:
+class PrefixKVCache:
     """What a block sees as its cache while sequences are read from their beginning, all at once or in steps.
 
     `pieces` are the keys and values `[R, heads, tokens, size]` of each step. `read` tokens stand before the next one,
@@ -55,22 +56,22 @@ class PromptCache:
         """The keys and values that are read with the next ones."""
         return tuple(array for piece in self.pieces for array in piece)
 
-    def reading(self, arrays: Sequence[mx.array]) -> PromptCache:
+    def with_arrays(self, arrays: Sequence[mx.array]) -> PrefixKVCache:
         """The same with other arrays in place of `arrays()`."""
-        other = PromptCache()
+        other = PrefixKVCache()
         other.pieces, other.read = _paired(arrays), self.read
         return other
 
 
-class AnswerCache(PromptCache):
+class ContinuationKVCache(PrefixKVCache):
     """What a block sees as its cache while answers are read: their prompts' keys and values stand before their own.
 
-    `prompts` were read in groups; `picks` says for each answer which group and which line of it its prompt is.
+    `prompts` were read in buckets; `picks` says for each answer which bucket and which line of it its prompt is.
     `lengths [n]` are the prompts' real lengths, which are the answers' position offset too, and `width` the longest. A
     mask can be had before any prompt is read: models make it from the cache of a block that may be left out.
     """
 
-    def __init__(self, prompts: Sequence[PromptCache], picks: Sequence[tuple[int, int]], lengths: np.ndarray) -> None:
+    def __init__(self, prompts: Sequence[PrefixKVCache], picks: Sequence[tuple[int, int]], lengths: np.ndarray) -> None:
         super().__init__()
         self.prompts = prompts
         self.picks = picks
@@ -100,25 +101,25 @@ class AnswerCache(PromptCache):
         """The prompts' keys and values, then the answers' own."""
         return (*(array for prompt in self.prompts for array in prompt.arrays()), *super().arrays())
 
-    def reading(self, arrays: Sequence[mx.array]) -> AnswerCache:
+    def with_arrays(self, arrays: Sequence[mx.array]) -> ContinuationKVCache:
         """The same with other arrays in place of `arrays()`."""
         prompts, start = [], 0
         for prompt in self.prompts:
             end = start + 2 * len(prompt.pieces)
-            prompts.append(prompt.reading(arrays[start:end]))
+            prompts.append(prompt.with_arrays(arrays[start:end]))
             start = end
-        other = AnswerCache(prompts, self.picks, self.lengths)
+        other = ContinuationKVCache(prompts, self.picks, self.lengths)
         other.pieces, other.read = _paired(arrays[start:]), self.read
         return other
 
-    def _picked(self, groups: Sequence[mx.array]) -> mx.array:
-        """`[n, heads, width, size]` from each group's `[R, heads, P, size]`.
+    def _picked(self, buckets: Sequence[mx.array]) -> mx.array:
+        """`[n, heads, width, size]` from each bucket's `[R, heads, P, size]`.
 
         Lines are split and joined, not gathered: the gradient of that is joining and splitting, not scattering.
         """
         lines: dict[tuple[int, int], mx.array] = {}
         for g in {g for g, _ in self.picks}:
-            whole = groups[g]
+            whole = buckets[g]
             wide = whole.shape[2]
             if wide > self.width:
                 whole = whole[:, :, : self.width]

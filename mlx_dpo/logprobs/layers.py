@@ -1,4 +1,4 @@
-"""Stand-ins for a model's blocks, for one pass: left out, fed, listened to, or computed again in the backward pass."""
+"""Stand-ins for a model's transformer blocks, for one pass: left out, fed from a cache, noted, or checkpointed."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dpo.logprobs.kv_cache import PromptCache
+from mlx_dpo.logprobs.kv_cache import PrefixKVCache
 
-Twice = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""A transform of functions, such as `mx.checkpoint`."""
+CheckpointFn = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""A transform like `mx.checkpoint`: of a function, one that is computed again when its gradient is taken."""
 
 
-class Block:
+class Layer:
     """A block of the model that answers for it in everything (`use_sliding`, `layer_type`, …) but its call."""
 
     def __init__(self, block: Any) -> None:
@@ -26,15 +26,15 @@ class Block:
         return self._block(x, *args, **kwargs)
 
 
-class Skipped(Block):
-    """Hands its input on: what it would have computed is known already."""
+class SkipLayer(Layer):
+    """Hands its input on: what it would have computed is in the activation cache."""
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
         return x
 
 
-class Fed(Block):
-    """Reads `states` instead of what the blocks below would have given; those are then never computed."""
+class InjectInput(Layer):
+    """Reads `states` instead of its input; what lies below is then never computed, since nothing asks for it."""
 
     def __init__(self, block: Any, states: mx.array) -> None:
         super().__init__(block)
@@ -44,40 +44,40 @@ class Fed(Block):
         return self._block(self._states, *args, **kwargs)
 
 
-class Heard(Block):
-    """Hands its input to `listen`, then computes."""
+class CaptureInput(Layer):
+    """Hands its input to `capture`, then computes."""
 
-    def __init__(self, block: Any, listen: Callable[[mx.array], None]) -> None:
+    def __init__(self, block: Any, capture: Callable[[mx.array], None]) -> None:
         super().__init__(block)
-        self._listen = listen
+        self._capture = capture
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        self._listen(mx.stop_gradient(x))
+        self._capture(mx.stop_gradient(x))
         return self._block(x, *args, **kwargs)
 
 
-class Checkpointed(Block):
-    """Keeps its input instead of its activations, and computes them again for the backward pass (Chen et al. 2016).
+class CheckpointedLayer(Layer):
+    """Gradient checkpointing: keeps its input instead of its activations, and computes them again (Chen et al. 2016).
 
     What is computed twice must be a pure function, or the second time differs from the first: keys and values go in as
     arguments and come out as results, instead of lying in a cache that the block changes.
-    `twice` makes of a function one that is computed again when its gradient is taken.
     """
 
-    def __init__(self, block: Any, twice: Twice = mx.checkpoint) -> None:
+    def __init__(self, block: Any, checkpoint_fn: CheckpointFn = mx.checkpoint) -> None:
         super().__init__(block)
-        self._twice = twice
+        self._checkpoint_fn = checkpoint_fn
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache)), None)
+        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PrefixKVCache)), None)
         before = cache.arrays() if cache is not None else ()
-        now = cache.reading(before) if cache is not None else None  # the cache reads on before this is computed again
+        # a copy that stays at this position: by the time this is computed again the cache itself has read on
+        now = cache.with_arrays(before) if cache is not None else None
         parameters = self._block.trainable_parameters()
 
         def pure(parameters: dict[str, Any], x: mx.array, *before: mx.array) -> Any:
-            local = now.reading(before) if now is not None else None
+            local = now.with_arrays(before) if now is not None else None
             swap = {id(cache): local}
-            self._block.update(parameters)
+            self._block.update(parameters)  # as arguments, or mx.checkpoint gives them no gradient
             out = self._block(
                 x,
                 *[swap.get(id(a), a) for a in args],
@@ -85,8 +85,8 @@ class Checkpointed(Block):
             )
             return (out, *local.pieces[-1]) if local is not None else out
 
-        out = self._twice(pure)(parameters, x, *before)
-        self._block.update(parameters)
+        out = self._checkpoint_fn(pure)(parameters, x, *before)
+        self._block.update(parameters)  # the trace left its own arrays in the block
         if cache is not None:
             out, keys, values = out
             cache.pieces.append((keys, values))

@@ -1,7 +1,7 @@
-"""A model taken apart through its public interface: blocks, trunk and head, for any architecture of mlx-lm.
+"""A model taken apart through its public interface: embedding, blocks and head, for any architecture of mlx-lm.
 
-Nothing is patched. `StandIn` calls a module's own code with some attributes replaced, so the model's own soft-capping,
-embedding scale, masks and tied head stay what they are.
+Nothing is patched. `ModuleProxy` calls a module's own code with some attributes replaced, so the model's own
+soft-capping, embedding scale, masks and tied head stay what they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 
-class StandIn:
+class ModuleProxy:
     """A module with some attributes replaced, for calls of its own code; the module itself stays untouched.
 
     With `call`, that is what a call of it does instead.
@@ -29,6 +29,7 @@ class StandIn:
     def __getattr__(self, name: str) -> Any:
         if name in self._replaced:
             return self._replaced[name]
+        # methods and properties are bound to the proxy, so that what they look up is found replaced as well
         found = getattr(type(self._module), name, None)
         if isinstance(found, property) and found.fget is not None:
             return found.fget(self)
@@ -48,39 +49,32 @@ class StandIn:
         return name in self._replaced or name in self._module
 
 
-class Parts:
-    """Where a model keeps its blocks, and calls of it with blocks or trunk replaced."""
+class SplitModel:
+    """A model whose transformer and head can be called apart, the transformer with other blocks than its own.
+
+    `path` is where the inner transformer, which holds the blocks, hangs in the model: `model`, or
+    `language_model.model`.
+    """
 
     def __init__(self, model: nn.Module, path: str) -> None:
         self.model = model
-        self.path = path  # of the inner transformer, e.g. "model" or "language_model.model"
+        self.path = path
         self.inner: Any = model
         for name in path.split("."):
             self.inner = self.inner[name]
 
-    def _outer(self, stub: Callable[..., Any]) -> StandIn:
-        """The model with a call of its inner transformer replaced by `stub`; a tied head still finds the embedding
-        there.
-        """
-        *parents, last = self.path.split(".")
-        chain = [self.model]
-        for name in parents:
-            chain.append(chain[-1][name])
-        stand_in = StandIn(chain[-1], **{last: StandIn(self.inner, stub)})
-        for module, name in zip(reversed(chain[:-1]), reversed(parents), strict=True):
-            stand_in = StandIn(module, **{name: stand_in})
-        return stand_in
-
     def hidden(self, tokens: mx.array, cache: Any = None, layers: Sequence[Any] | None = None) -> mx.array:
         """Hidden states before the head, `[B, T, hidden]`, of `tokens [B, T]`; `layers` stand in for the blocks."""
-        inner = self.inner if layers is None else StandIn(self.inner, layers=layers)
+        inner = self.inner if layers is None else ModuleProxy(self.inner, layers=layers)
         found: list[mx.array] = []
 
         def record(*args: Any, **kwargs: Any) -> Any:
             found.append(inner(*args, **kwargs))
             return found[0]
 
-        self._outer(record)(tokens, cache=cache)  # the head's logits are described here, and never computed
+        # the whole model is called, since what it does before its transformer is its own; MLX is lazy, so the logits
+        # that come out are described and never computed
+        self._outer(record)(tokens, cache=cache)
         return found[0]
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -89,12 +83,23 @@ class Parts:
         out: mx.array = self._outer(lambda *args, **kwargs: hidden[None])(tokens)
         return out.squeeze(0)  # out[0] would gather a copy of the logits, and scatter their gradient
 
+    def _outer(self, transformer: Callable[..., Any]) -> ModuleProxy:
+        """The model with a call of its inner transformer replaced; a tied head still finds the embedding there."""
+        *parents, last = self.path.split(".")
+        chain = [self.model]
+        for name in parents:
+            chain.append(chain[-1][name])
+        proxy = ModuleProxy(chain[-1], **{last: ModuleProxy(self.inner, transformer)})
+        for module, name in zip(reversed(chain[:-1]), reversed(parents), strict=True):
+            proxy = ModuleProxy(module, **{name: proxy})
+        return proxy
 
-def take_apart(model: nn.Module) -> Parts | None:
-    """The parts of `model`; None where it holds its blocks in a way that leaves no trunk to call alone."""
+
+def split_model(model: nn.Module) -> SplitModel | None:
+    """`model` taken apart; None where it holds its blocks in a way that leaves no transformer to call alone."""
     blocks = list(model.layers)
     for path, module in model.named_modules():
         held = module.get("layers")
         if path and isinstance(held, list) and held and held[0] is blocks[0]:
-            return Parts(model, path)
+            return SplitModel(model, path)
     return None

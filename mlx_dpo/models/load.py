@@ -139,7 +139,7 @@ def read_weights(loaded: LoadedModel) -> None:
         raise ModelError(f"the weights in {loaded.path} cannot be read: {error}", "fetch the model again") from error
 
 
-def rest_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
+def unload_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
     """Gives back the memory of the lowest `count` blocks; should one be needed again, MLX reads it again.
 
     Raises:

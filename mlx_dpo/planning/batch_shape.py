@@ -10,7 +10,7 @@ from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.logprobs.scorer import Scorer
 
 
-class Extent(NamedTuple):
+class BatchShape(NamedTuple):
     """How large a micro-batch is: `rows` of up to `answers`, the longest prompt and the longest completion.
 
     `tokens` are to be read where each prompt is read once; at `scores` pairs of tokens attention looks, in a head of a
@@ -25,10 +25,10 @@ class Extent(NamedTuple):
     scores: int
 
 
-def extent(rows: Sequence[TokenizedRow]) -> Extent:
-    """The extent of a micro-batch of these rows."""
+def batch_shape(rows: Sequence[TokenizedRow]) -> BatchShape:
+    """The batch_shape of a micro-batch of these rows."""
     lengths = [(len(row.prompt), [len(ids) for ids in row.completions]) for row in rows]
-    return Extent(
+    return BatchShape(
         rows=len(rows),
         answers=max(len(answers) for _, answers in lengths),
         prompt=max(prompt for prompt, _ in lengths),
@@ -64,9 +64,9 @@ def attention_widths(scorer: Scorer, batches: Sequence[Batch]) -> Widths:
     for batch in batches:
         layout = scorer.layout(batch)
         queries |= {batch.tokens.shape[1]}
-        for group in layout.groups:
-            queries |= {end - start for start, end in scorer.steps(group)}
-            keys |= {end for _, end in scorer.steps(group)}
-        for group in layout.answers:
-            keys |= {end + group.before for _, end in scorer.steps(group)}
+        for bucket in layout.buckets:
+            queries |= {end - start for start, end in scorer.steps(bucket)}
+            keys |= {end for _, end in scorer.steps(bucket)}
+        for bucket in layout.answers:
+            keys |= {end + bucket.before for _, end in scorer.steps(bucket)}
     return Widths(frozenset(queries), frozenset(queries | keys))

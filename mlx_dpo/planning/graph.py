@@ -1,8 +1,8 @@
 """What MLX would compute, described instead of computed: operations, and the shapes of what goes between them.
 
 MLX is lazy: a training step is a graph of arrays of known shape before anything is evaluated. `mx.export_function`
-hands that graph to a callback, gradient and all, so whatever a model, an adapter, a loss or a speed lever does is in
-it, and no formula has to follow them.
+hands that graph to a callback, gradient and all, so whatever a model, an adapter, a loss or an optimization does is
+in it, and no formula has to follow them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 from mlx.utils import tree_map
 
-from mlx_dpo.logprobs.layers import Twice
+from mlx_dpo.logprobs.layers import CheckpointFn
 
 Unknown = (ValueError, RuntimeError)
 """What `trace` raises of a function that MLX cannot describe: an operation without a description, an evaluation."""
@@ -61,8 +61,8 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         if name not in numbers:
             numbers[name] = len(described)
             size = dtype.size
-            for extent in shape:
-                size *= extent
+            for batch_shape in shape:
+                size *= batch_shape
             described.append(Array(tuple(shape), size))
         return numbers[name]
 
@@ -97,12 +97,12 @@ def _each_its_own(graph: Graph) -> Graph:
     return Graph(ops, arrays, graph.inputs, graph.results)
 
 
-def marked_twice(marks: Iterator[mx.array]) -> Twice:
+def traceable_checkpoint(marks: Iterator[mx.array]) -> CheckpointFn:
     """In place of `mx.checkpoint`, which MLX cannot describe: the function once for its value and, between two `marks`,
     once more for its gradient; `as_checkpointed` makes of such a graph the one that `mx.checkpoint` would have given.
     """
 
-    def twice(function: Callable[..., Any]) -> Callable[..., Any]:
+    def checkpoint_fn(function: Callable[..., Any]) -> Callable[..., Any]:
         def both(parameters: Any, *arrays: mx.array) -> Any:
             enter, leave = next(marks), next(marks)
             kept = function(tree_map(mx.stop_gradient, parameters), *map(mx.stop_gradient, arrays))
@@ -113,11 +113,11 @@ def marked_twice(marks: Iterator[mx.array]) -> Twice:
 
         return both
 
-    return twice
+    return checkpoint_fn
 
 
 def as_checkpointed(graph: Graph, marks: Sequence[int]) -> Graph:
-    """The graph of `marked_twice` with its `marks` (numbers of inputs: enter and leave in turns) made good.
+    """The graph of `traceable_checkpoint` with its `marks` (numbers of inputs: enter and leave in turns) made good.
 
     Whoever reads a function's value reads that of the first time; the second time begins only when the gradient by the
     value is there.

@@ -18,7 +18,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 """Where Linux says what a container may use."""
 
-SPARE = 500_000_000
+PROCESS_BYTES = 500_000_000
 """Bytes that Python, MLX and a tokenizer take beside the arrays (350 to 450 MB measured)."""
 
 
@@ -31,7 +31,7 @@ class Machine(NamedTuple):
 
     def fits(self, arrays: int, beside: int) -> bool:
         """Whether MLX's arrays and what a run keeps beside them have room."""
-        return arrays <= self.usable and arrays + beside + SPARE <= self.total
+        return arrays <= self.usable and arrays + beside + PROCESS_BYTES <= self.total
 
 
 def this_machine() -> Machine:
@@ -40,7 +40,7 @@ def this_machine() -> Machine:
     total = int(info.get("memory_size") or info.get("total_memory") or _physical())
     if mx.default_device() == mx.cpu:
         total = min([total, *_container_limits()])
-    usable = int(info.get("max_recommended_working_set_size") or total - SPARE)
+    usable = int(info.get("max_recommended_working_set_size") or total - PROCESS_BYTES)
     return Machine(total, usable, "this machine")
 
 

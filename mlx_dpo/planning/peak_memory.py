@@ -223,7 +223,7 @@ def _in_one_piece(op: Op, before: tuple[int, ...], after: tuple[int, ...]) -> bo
         moved = [axis for axis in op.arguments[0] if before[axis] != 1]
         return moved == sorted(moved)
     if op.name in ("Slice", "Split"):
-        first = next((i for i, extent in enumerate(before) if extent != 1), 0)
+        first = next((i for i, batch_shape in enumerate(before) if batch_shape != 1), 0)
         return before[first + 1 :] == after[first + 1 :]
     if op.name in ("Broadcast", "BroadcastAxes", "AsStrided"):
         return before == after

@@ -14,13 +14,13 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.losses import row_separable
 from mlx_dpo.models.lora import LEAVES
-from mlx_dpo.planning.batch_shape import Extent, extent, part_of
+from mlx_dpo.planning.batch_shape import BatchShape, batch_shape, part_of
 from mlx_dpo.planning.graph import Unknown
-from mlx_dpo.planning.machine import SPARE, Machine
+from mlx_dpo.planning.machine import PROCESS_BYTES, Machine
 from mlx_dpo.planning.peak_memory import RUN_AHEAD, Peak, RunAhead, peak_memory
-from mlx_dpo.planning.traced_run import Description, Draft, Phase, describe, held_bytes
+from mlx_dpo.planning.traced_run import Description, Phase, RunSpec, describe, held_bytes
 
-BEFORE_OPTIMIZER = ("loading", "check of the levers", "frozen blocks")
+BEFORE_OPTIMIZER = ("loading", "check of the optimizations", "frozen blocks")
 """Phases in which there is no optimizer yet."""
 
 
@@ -31,8 +31,8 @@ class Plan:
     `peak`: of MLX's arrays at the highest moment, and `parts` what that is for; `phases`: the peak of each phase by
     itself. `least`: the same where MLX waits for results rather than run ahead; with less the run cannot be. `limit`:
     from where on MLX is to wait. `working`: the most that a phase takes beside what it holds. `beside`: what is kept in
-    memory outside MLX, the frozen blocks' output; `on_disk`: the same where it goes to a file. `largest`: the extent of
-    the largest micro-batch. `speed`: the levers that the model's code takes. `notes`: what is not counted.
+    memory outside MLX, the frozen blocks' output; `on_disk`: the same where it goes to a file. `largest`: the shape of
+    the largest micro-batch. `speed`: the optimizations that the model's code takes. `notes`: what is not counted.
     """
 
     peak: int
@@ -43,7 +43,7 @@ class Plan:
     working: int
     beside: int
     on_disk: int
-    largest: Extent | None
+    largest: BatchShape | None
     speed: SpeedConfig
     notes: list[str]
 
@@ -52,20 +52,20 @@ class Plan:
         return machine.fits(self.least, self.beside)
 
 
-def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
-    """What the run of `draft` will need on `machine`, and the graphs that say so.
+def foresee(spec: RunSpec, machine: Machine) -> tuple[Plan, Description | None]:
+    """What the run of `spec` will need on `machine`, and the graphs that say so.
 
     Where MLX cannot describe what the model does, the gradients of experts' adapters are left out, or else there are no
     graphs and the plan counts what is held all the time alone; a note says so.
     """
-    held = held_bytes(draft)
+    held = held_bytes(spec)
     loading = held.weights + held.adapter
     notes: list[str] = []
     try:
-        found = _describe(draft, notes)
+        found = _describe(spec, notes)
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
-        least, speed = max(sum(held), loading), draft.config.speed
+        least, speed = max(sum(held), loading), spec.config.speed
         return Plan(
             least,
             held._asdict(),
@@ -88,10 +88,10 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     evaluated = {name: _peak(phase, ahead, limit) for name, phase in found.phases.items()}
     phases = {name: found.phases[name].held + peak.nbytes for name, peak in evaluated.items()} | {"loading": loading}
     highest = max(phases, key=lambda name: phases[name])
-    largest = extent([draft.rows[i] for i in found.largest.index])
+    largest = batch_shape([spec.rows[i] for i in found.largest.index])
     parts = held._asdict()
     if highest in found.phases:
-        parts["weights"] -= found.phases[highest].at_rest
+        parts["weights"] -= found.phases[highest].unloaded
     if highest in BEFORE_OPTIMIZER:
         del parts["optimizer"]
     for array in evaluated[highest].live if highest in evaluated else ():
@@ -99,7 +99,10 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
         parts[part] = parts.get(part, 0) + array.nbytes
     if rest := phases[highest] - sum(parts.values()):
         parts["other"] = rest
-    kept = {where: found.trunk.nbytes if found.trunk.where == where else 0 for where in ("memory", "disk")}
+    kept = {
+        where: found.activation_cache.nbytes if found.activation_cache.where == where else 0
+        for where in ("memory", "disk")
+    }
     beside, on_disk = kept.values()
     working = max(peak.nbytes for peak in evaluated.values())
     return Plan(
@@ -107,18 +110,18 @@ def foresee(draft: Draft, machine: Machine) -> tuple[Plan, Description | None]:
     ), found
 
 
-def _describe(draft: Draft, notes: list[str]) -> Description:
+def _describe(spec: RunSpec, notes: list[str]) -> Description:
     """The graphs, if it must be without the gradients of experts' adapters, which MLX 0.32 cannot describe."""
-    experts = [m for _, m in draft.model.named_modules() if "lora_a" in m and m["lora_a"].ndim == 3]
+    experts = [m for _, m in spec.model.named_modules() if "lora_a" in m and m["lora_a"].ndim == 3]
     try:
-        return describe(draft)
+        return describe(spec)
     except Unknown:
         if not experts:
             raise
     for module in experts:
         module.freeze(keys=list(LEAVES), recurse=False)
     try:
-        found = describe(draft)
+        found = describe(spec)
     finally:
         for module in experts:
             module.unfreeze(keys=list(LEAVES), recurse=False, strict=False)
@@ -160,34 +163,34 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
             yield replace(least, data=replace(least.data, max_length=length))
 
 
-def settle_memory(draft: Draft, machine: Machine, on_event: OnEvent = ignore) -> tuple[Draft, Plan]:
+def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) -> tuple[RunSpec, Plan]:
     """The run as it is to be on `machine`: as asked or, with `train.auto`, with the same mathematics in less memory.
 
     Raises:
         RunError: it does not fit.
     """
-    config = draft.config
-    if config.train.auto and (found := fit(draft, machine, [config, *alternatives(config)])):
+    config = spec.config
+    if config.train.auto and (found := fit(spec, machine, [config, *alternatives(config)])):
         chosen, plan = found
         settled = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
-        draft = replace(chosen, config=replace(chosen.config, train=settled))
+        spec = replace(chosen, config=replace(chosen.config, train=settled))
     else:
-        plan, _ = foresee(draft, machine)
-        refuse(draft, plan, machine)
+        plan, _ = foresee(spec, machine)
+        refuse(spec, plan, machine)
     for note in plan.notes:
         on_event(Warned(note))
-    return draft, plan
+    return spec, plan
 
 
-def fit(draft: Draft, machine: Machine, configs: Iterable[RunConfig]) -> tuple[Draft, Plan] | None:
+def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[RunSpec, Plan] | None:
     """The run with the first of `configs` that fits `machine`; None where none does."""
     for config in configs:
-        changed = _changed(draft, config)
+        changed = _changed(spec, config)
         with _adapted(changed):
             plan, _ = foresee(changed, machine)
             if not plan.fits(machine) and machine.fits(plan.least, 0):  # the frozen blocks' output goes to disk
-                room = max(machine.total - plan.least - SPARE, 0) // 1e8 / 10
-                config = replace(config, speed=replace(config.speed, trunk_memory_gb=room))
+                room = max(machine.total - plan.least - PROCESS_BYTES, 0) // 1e8 / 10
+                config = replace(config, speed=replace(config.speed, activation_cache_memory_gb=room))
                 changed = replace(changed, config=config)
                 plan, _ = foresee(changed, machine)
         if plan.fits(machine):
@@ -195,7 +198,7 @@ def fit(draft: Draft, machine: Machine, configs: Iterable[RunConfig]) -> tuple[D
     return None
 
 
-def refuse(draft: Draft, plan: Plan, machine: Machine) -> None:
+def refuse(spec: RunSpec, plan: Plan, machine: Machine) -> None:
     """Says no to a run that does not fit, with what would.
 
     Raises:
@@ -208,17 +211,17 @@ def refuse(draft: Draft, plan: Plan, machine: Machine) -> None:
     raise RunError(
         f"this run does not fit: its arrays take {in_gb(plan.least)} at once ({parts}){beside}, and {machine.name} has "
         f"{in_gb(machine.usable)} for them",
-        remedy(draft, machine),
+        remedy(spec, machine),
     )
 
 
-def remedy(draft: Draft, machine: Machine) -> str:
+def remedy(spec: RunSpec, machine: Machine) -> str:
     """What to change so that a run fits: with the same mathematics if that can be, else what comes nearest."""
-    config = draft.config
-    if found := fit(draft, machine, [config, *alternatives(config)]):
+    config = spec.config
+    if found := fit(spec, machine, [config, *alternatives(config)]):
         changed, plan = found
         return f"{said(changed.config, config)} needs {in_gb(plan.least)} and computes the same; --auto chooses that"
-    if found := fit(draft, machine, lesser(config)):
+    if found := fit(spec, machine, lesser(config)):
         changed, plan = found
         return f"it takes less to train: {said(changed.config, config)} needs {in_gb(plan.least)}"
     return "take a smaller model, or one with fewer bits (--quantize-bits 4)"
@@ -242,21 +245,21 @@ def in_gb(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
-def _changed(draft: Draft, config: RunConfig) -> Draft:
-    """The draft with other settings, and with the rows that they leave."""
+def _changed(spec: RunSpec, config: RunConfig) -> RunSpec:
+    """The spec with other settings, and with the rows that they leave."""
     length = config.data.max_length
-    if length == draft.config.data.max_length:
-        return replace(draft, config=config)
-    cut = [truncate(row, length, "keep_start") for row in draft.rows]
-    kept = [[row for row in part if row] for part in (cut[: draft.train_rows], cut[draft.train_rows :])]
-    return replace(draft, config=config, rows=[*kept[0], *kept[1]], train_rows=len(kept[0]))
+    if length == spec.config.data.max_length:
+        return replace(spec, config=config)
+    cut = [truncate(row, length, "keep_start") for row in spec.rows]
+    kept = [[row for row in part if row] for part in (cut[: spec.train_rows], cut[spec.train_rows :])]
+    return replace(spec, config=config, rows=[*kept[0], *kept[1]], train_rows=len(kept[0]))
 
 
 @contextmanager
-def _adapted(draft: Draft) -> Iterator[None]:
-    """Trains no more than the top blocks that the draft's settings ask for."""
-    count = draft.config.lora.num_layers
-    lower = [] if count == -1 else draft.model.layers[:-count]
+def _adapted(spec: RunSpec) -> Iterator[None]:
+    """Trains no more than the top blocks that the spec's settings ask for."""
+    count = spec.config.lora.num_layers
+    lower = [] if count == -1 else spec.model.layers[:-count]
     for block in lower:
         block.freeze()
     try:

@@ -11,10 +11,10 @@ from math import ceil, prod
 import mlx.core as mx
 
 from mlx_dpo.losses import needs_reference
-from mlx_dpo.planning.batch_shape import Widths, extent, part_of
+from mlx_dpo.planning.batch_shape import Widths, batch_shape, part_of
 from mlx_dpo.planning.graph import Graph, Op
 from mlx_dpo.planning.peak_memory import RESHAPES, VIEWS
-from mlx_dpo.planning.traced_run import Description, Draft
+from mlx_dpo.planning.traced_run import Description, RunSpec
 
 PRODUCTS = ("Matmul", "AddMM", "QuantizedMatmul", "GatherMM", "GatherQMM")
 """Operations that multiply matrices."""
@@ -80,13 +80,13 @@ def count(graph: Graph, widths: Widths, vocabulary: int) -> Work:
     return work
 
 
-def estimate(draft: Draft, found: Description) -> Timing:
-    """The seconds that the run of `draft` will take here. It measures for about a second."""
-    config, rows = draft.config, draft.rows
-    largest = extent([rows[i] for i in found.largest.index])
+def estimate(spec: RunSpec, found: Description) -> Timing:
+    """The seconds that the run of `spec` will take here. It measures for about a second."""
+    config, rows = spec.config, spec.rows
+    largest = batch_shape([rows[i] for i in found.largest.index])
     work = count(found.phases["a step"].graph, found.widths, found.vocabulary)
     speeds = measure(work.products)
-    sizes = [extent([rows[i] for i in batch]) for batch in found.batches]
+    sizes = [batch_shape([rows[i] for i in batch]) for batch in found.batches]
     scored = [sum(len(ids) for i in batch for ids in rows[i].completions) for batch in found.batches]
     share = {
         "layers": sum(size.tokens for size in sizes) / len(sizes) / largest.tokens,
@@ -100,18 +100,18 @@ def estimate(draft: Draft, found: Description) -> Timing:
     train = config.train
     micro = len(found.batches)
     if not train.iters:
-        micro = max(micro, ceil(train.epochs * ceil(draft.train_rows / train.batch_size)))
+        micro = max(micro, ceil(train.epochs * ceil(spec.train_rows / train.batch_size)))
     longest = [rows[i] for i in found.longest]
     seconds = {
-        name: _a_token(phase.graph, found, speeds, extent(longest).tokens)
+        name: _a_token(phase.graph, found, speeds, batch_shape(longest).tokens)
         for name, phase in found.phases.items()
         if name in ("log-probs", "frozen blocks", "the reference")
     }
     scoring = seconds.pop("log-probs")
     if needs_reference(config.loss):
         seconds.setdefault("the reference", scoring)
-    held_out = sum(extent([row]).tokens for row in rows[draft.train_rows :])
-    trained = sum(extent([rows[i]]).tokens for i in {i for batch in found.batches for i in batch})
+    held_out = sum(batch_shape([row]).tokens for row in rows[spec.train_rows :])
+    trained = sum(batch_shape([rows[i]]).tokens for i in {i for batch in found.batches for i in batch})
     steps = micro / train.grad_accumulation_steps
     evaluations = 1 + ceil(steps / train.steps_per_eval) if train.steps_per_eval else 2
     phases = {

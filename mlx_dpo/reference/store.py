@@ -16,13 +16,13 @@ import numpy as np
 from mlx_dpo.data.batching import Batch, length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import RunError
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.lora import parameters
 from mlx_dpo.types import TokenLogps
 
-Reference = Sequence[list[np.ndarray]]
+RefLogps = Sequence[list[np.ndarray]]
 """For each row, for each answer: log π_ref of every completion token, float32."""
 
 
@@ -56,17 +56,17 @@ def compute_reference(
     digest: str,
     *,
     batch_size: int,
-    places: Sequence[int] | None = None,
+    row_indices: Sequence[int] | None = None,
     on_event: OnEvent = ignore,
-) -> Reference:
-    """Reference log-probs of `rows`, from the store or else computed and stored, batch by batch.
+) -> RefLogps:
+    """RefLogps log-probs of `rows`, from the store or else computed and stored, batch by batch.
 
-    With `places` only of those rows; the others stay empty.
+    With `row_indices` only of those rows; the others stay empty.
 
     The caller has put the model in the reference's state (adapter off, or the starting adapter) and in evaluation mode.
     An interruption loses at most one batch.
     """
-    wanted = range(len(rows)) if places is None else places
+    wanted = range(len(rows)) if row_indices is None else row_indices
     keys: list[list[bytes]] = [[] for _ in rows]
     for i in wanted:
         keys[i] = [_sequence_key(rows[i].context(k), ids) for k, ids in enumerate(rows[i].completions)]
@@ -76,7 +76,7 @@ def compute_reference(
         missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
         missing.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
         for start in range(0, len(missing), batch_size):
-            on_event(Phase("reference log-probs", start, len(missing), "rows"))
+            on_event(Progressed("reference log-probs", start, len(missing), "rows"))
             part = missing[start : start + batch_size]
             batch = make_batch([rows[i] for i in part], part)
             fresh = score_batch(scorer, batch)
@@ -86,11 +86,11 @@ def compute_reference(
             known.update(pairs)
             store.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", [(k, v.tobytes()) for k, v in pairs])
             store.commit()
-        on_event(Phase("reference log-probs", len(missing), len(missing), "rows"))
+        on_event(Progressed("reference log-probs", len(missing), len(missing), "rows"))
     return [[known[key] for key in row] for row in keys]
 
 
-def score_batch(scorer: Scorer, batch: Batch) -> Reference:
+def score_batch(scorer: Scorer, batch: Batch) -> RefLogps:
     """Token log-probs of a batch as arrays on the host, one a completion."""
     values = np.array(scorer(batch, gradient=False).logps)
     return [
@@ -99,7 +99,7 @@ def score_batch(scorer: Scorer, batch: Batch) -> Reference:
     ]
 
 
-def reference_batch(reference: Reference, batch: Batch) -> mx.array:
+def batch_ref_logps(reference: RefLogps, batch: Batch) -> mx.array:
     """The rows of a batch, padded like it: `[R, K, C]` float32."""
     padded = np.zeros(batch.mask.shape, np.float32)
     for r, place in enumerate(batch.index):

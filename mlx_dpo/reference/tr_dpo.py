@@ -20,14 +20,14 @@ from mlx_dpo.errors import UsageError
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models.lora import Adapter, parameters
 from mlx_dpo.models.trees import read_arrays
-from mlx_dpo.reference.store import Reference, score_batch
+from mlx_dpo.reference.store import RefLogps, score_batch
 
 NEGLIGIBLE = 1e-6
 """Share of the reference below which an old policy's part of it is dropped, so that its rank stays bounded."""
 
 
-class FollowingReference(Sequence[list[np.ndarray]]):
-    """Reference log-probs by row, like a stored `Reference`; `follow` moves it to the policy.
+class MovingReference(Sequence[list[np.ndarray]]):
+    """RefLogps log-probs by row, like a stored `RefLogps`; `follow` moves it to the policy.
 
     Rows are scored one at a time: what a row gets does not depend on the batch that asked, so a resumed run sees the
     same numbers.
@@ -38,7 +38,7 @@ class FollowingReference(Sequence[list[np.ndarray]]):
         scorer: Scorer,
         rows: Sequence[TokenizedRow],
         adapter: Adapter,
-        start: Reference,
+        start: RefLogps,
         alpha: float,
         *,
         from_base: bool,

@@ -18,12 +18,12 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.errors import RunError
 from mlx_dpo.models.lora import Adapter, parameters, save
 from mlx_dpo.models.trees import flat, read_arrays
-from mlx_dpo.reference.tr_dpo import FollowingReference
+from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.run.folder import RunFolder, written_whole
 
 
 @dataclass
-class Progress:
+class TrainerState:
     """Where a run stands: everything but arrays."""
 
     step: int = 0  # optimizer steps taken
@@ -43,21 +43,21 @@ def save_checkpoint(
     model: nn.Module,
     adapter: Adapter,
     optimizer: optimizers.Optimizer,
-    progress: Progress,
+    state: TrainerState,
     *,
     base: str,
     keep: int,
-    reference: FollowingReference | None = None,
+    reference: MovingReference | None = None,
 ) -> Path:
     """Writes `checkpoints/step-…/` beside and renames it, then drops all but the `keep` newest."""
-    target = run.checkpoint(progress.step)
+    target = run.checkpoint(state.step)
     with written_whole(target) as folder:
         save(model, adapter, folder, base=base)
         mx.save_safetensors(str(folder / "optimizer.safetensors"), flat(optimizer.state))
         mx.save_safetensors(str(folder / "random.safetensors"), {"key": _random_key()})
         if reference is not None:
             reference.save(folder)
-        (folder / "progress.json").write_text(json.dumps(asdict(progress), indent=1) + "\n")
+        (folder / "progress.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
     for old in run.checkpoints()[:-keep]:
         shutil.rmtree(old)
     return target
@@ -73,25 +73,25 @@ def write_adapter(run: RunFolder, model: nn.Module, adapter: Adapter, *, base: s
 
 def restore_checkpoint(
     folder: Path, model: nn.Module, optimizer: optimizers.Optimizer, fingerprint: dict[str, Any]
-) -> Progress:
+) -> TrainerState:
     """Puts adapter, optimizer and random state back, and says where the run stands.
 
     Raises:
         RunError: the checkpoint is damaged, or belongs to other data, another model or other settings; all named.
     """
     try:
-        progress = Progress(**json.loads((folder / "progress.json").read_text()))
+        state = TrainerState(**json.loads((folder / "progress.json").read_text()))
         weights = read_arrays(folder / "adapters.safetensors")
-        state = read_arrays(folder / "optimizer.safetensors")
+        moments = read_arrays(folder / "optimizer.safetensors")
         high, low = np.array(read_arrays(folder / "random.safetensors")["key"]).tolist()
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise RunError(
             f"the checkpoint {folder} cannot be read: {error}", "remove it, and --resume takes the one before"
         ) from error
     changed = [
-        f"{name}: was {progress.fingerprint.get(name)!r}, is {value!r}"
+        f"{name}: was {state.fingerprint.get(name)!r}, is {value!r}"
         for name, value in fingerprint.items()
-        if progress.fingerprint.get(name) != value
+        if state.fingerprint.get(name) != value
     ]
     if changed:
         raise RunError(
@@ -101,9 +101,9 @@ def restore_checkpoint(
     if weights.keys() != parameters(model).keys():
         raise RunError(f"the checkpoint {folder} holds another adapter than this configuration makes")
     model.load_weights(list(weights.items()), strict=False)
-    optimizer.state = tree_unflatten(list(state.items()))
+    optimizer.state = tree_unflatten(list(moments.items()))
     mx.random.seed(high << 32 | low)  # a seed's key is its two halves, and there is no other way to set it
-    return progress
+    return state
 
 
 def _random_key() -> mx.array:

@@ -1,4 +1,4 @@
-"""Ctrl-C as a wish that is heard between steps, so that nothing is left half done."""
+"""Ctrl-C as a request that is captured between steps, so that nothing is left half done."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 
-class Wish:
+class StopRequest:
     """Whether somebody has asked to stop."""
 
     def __init__(self) -> None:
@@ -18,25 +18,25 @@ class Wish:
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Wish]:
+def deferred_interrupt() -> Iterator[StopRequest]:
     """Inside the `with`, the first SIGINT or SIGTERM sets `stop`; the second one acts at once, as it always does.
 
-    Outside the main thread, where Python takes no signals, the wish is never made.
+    Outside the main thread, where Python takes no signals, the request is never made.
     """
-    wish = Wish()
+    request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield wish
+        yield request
         return
     previous: dict[int, Any] = {}
 
-    def hear(number: int, frame: FrameType | None) -> None:
-        wish.stop = True
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        request.stop = True
         signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        previous[number] = signal.signal(number, hear)
+        previous[number] = signal.signal(number, on_signal)
     try:
-        yield wish
+        yield request
     finally:
         for code, handler in previous.items():
             signal.signal(code, handler)

@@ -19,21 +19,21 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.evaluation.rows import evaluate_rows, labels
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.logprobs.buckets import padding_share
-from mlx_dpo.logprobs.scorer import levers_on, wanted_stats
+from mlx_dpo.logprobs.scorer import optimizations_on, wanted_stats
 from mlx_dpo.losses import check_loss_config, compute_loss
 from mlx_dpo.losses.metrics import Sums, averages, batch_metrics
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.machine import own_limits
 from mlx_dpo.planning.plan import in_gb
 from mlx_dpo.reference import store
-from mlx_dpo.reference.tr_dpo import FollowingReference
+from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.run.card import write_card
 from mlx_dpo.run.folder import RunFolder, open_run
 from mlx_dpo.settings import check_config, to_yaml
-from mlx_dpo.training.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
+from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.training.interrupt import deferred_interrupt
 from mlx_dpo.training.optim import learning_rate, make_optimizer
-from mlx_dpo.training.setup import Stage, fingerprint, prepare
+from mlx_dpo.training.setup import PreparedRun, fingerprint, prepare
 
 FALL = 0.1
 """Share of its size by which the chosen answers' log-prob may fall before the run warns."""
@@ -65,87 +65,87 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     check_config(config)
     check_loss_config(config.loss)
     with open_run(Path(config.train.output), resume=resume) as run, own_limits():
-        stage = prepare(config, on_event)
+        prepared = prepare(config, on_event)
         optimizer = make_optimizer(config.optim)
-        optimizer.init(stage.loaded.model.trainable_parameters())
-        progress = _where_to_begin(stage, run, optimizer, resume=resume)
-        take_step = make_step(stage, optimizer)
-        _warn_of_reference(stage, on_event)
-        on_event(Started(_facts(stage), stage.total_steps, progress.step))
-        with deferred_interrupt() as wish:
-            if progress.step == 0:
-                _evaluate(stage, run, progress, on_event)
+        optimizer.init(prepared.loaded.model.trainable_parameters())
+        state = _where_to_begin(prepared, run, optimizer, resume=resume)
+        take_step = make_step(prepared, optimizer)
+        _warn_of_reference(prepared, on_event)
+        on_event(Started(_facts(prepared), prepared.total_steps, state.step))
+        with deferred_interrupt() as request:
+            if state.step == 0:
+                _evaluate(prepared, run, state, on_event)
 
-            stop = wish.stop
-            while progress.step < stage.total_steps and not stop:
-                rate = learning_rate(config.optim, progress.step, stage.total_steps)
-                metrics = take_step(_next_batches(stage, progress), rate, progress)
+            stop = request.stop
+            while state.step < prepared.total_steps and not stop:
+                rate = learning_rate(config.optim, state.step, prepared.total_steps)
+                metrics = take_step(_next_batches(prepared, state), rate, state)
 
                 # once in a while: report, evaluate, save
-                _report(stage, run, progress, metrics, on_event)
-                last = progress.step == stage.total_steps
+                _report(prepared, run, state, metrics, on_event)
+                last = state.step == prepared.total_steps
                 every = config.train.steps_per_eval
-                if last or (every and progress.step % every == 0):
-                    _evaluate(stage, run, progress, on_event)
-                stop = wish.stop  # read once, so that the step that ends the run is the step that is saved
-                if last or stop or progress.step % config.train.save_every == 0:
-                    _save(stage, run, optimizer, progress, on_event)
+                if last or (every and state.step % every == 0):
+                    _evaluate(prepared, run, state, on_event)
+                stop = request.stop  # read once, so that the step that ends the run is the step that is saved
+                if last or stop or state.step % config.train.save_every == 0:
+                    _save(prepared, run, optimizer, state, on_event)
 
-        _write_final(stage, run, progress)
-        on_event(Saved(progress.step, run.path))
+        _write_final(prepared, run, state)
+        on_event(Saved(state.step, run.path))
         return TrainResult(
             output=run.path,
-            steps=progress.step,
-            total_steps=stage.total_steps,
-            interrupted=progress.step < stage.total_steps,
-            evaluations=progress.evaluations,
-            best_step=progress.best_step,
+            steps=state.step,
+            total_steps=prepared.total_steps,
+            interrupted=state.step < prepared.total_steps,
+            evaluations=state.evaluations,
+            best_step=state.best_step,
         )
 
 
 def make_step(
-    stage: Stage, optimizer: optimizers.Optimizer
-) -> Callable[[list[list[int]], float, Progress], dict[str, float]]:
+    prepared: PreparedRun, optimizer: optimizers.Optimizer
+) -> Callable[[list[list[int]], float, TrainerState], dict[str, float]]:
     """What takes one optimizer step of a run: gradients weighted by rows, clipped, applied; gives the metrics.
 
-    It is called with the step's micro-batches (places in `stage.rows`), the learning rate and the run's progress.
+    It is called with the step's micro-batches (places in `prepared.rows`), the learning rate and the run's state.
     """
-    config, model, following = stage.config, stage.loaded.model, _following(stage)
+    config, model, following = prepared.config, prepared.loaded.model, _following(prepared)
     stats = wanted_stats(config)
 
     def objective(model: nn.Module, batch: Batch, base: mx.array | None, weight: float) -> tuple[mx.array, Sums]:
-        policy = stage.scorer(batch, stats, gradient=True)
-        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, stage.kind)
+        policy = prepared.scorer(batch, stats, gradient=True)
+        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, prepared.kind)
         output = compute_loss(policy, base, mask, rank, label, config.loss)
-        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, stage.kind)
+        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, prepared.kind)
 
     gradient_of = nn.value_and_grad(model, objective)
 
-    def step(micro_batches: list[list[int]], rate: float, progress: Progress) -> dict[str, float]:
+    def step(micro_batches: list[list[int]], rate: float, state: TrainerState) -> dict[str, float]:
         began = time.perf_counter()
         model.train()
         total = sum(map(len, micro_batches))
         gradients, parts = None, []
         for places in micro_batches:
-            batch = make_batch([stage.rows[i] for i in places], places)
-            base = store.reference_batch(stage.reference, batch) if stage.reference is not None else None
+            batch = make_batch([prepared.rows[i] for i in places], places)
+            base = store.batch_ref_logps(prepared.reference, batch) if prepared.reference is not None else None
             (_, sums), fresh = gradient_of(model, batch, base, len(places) / total)
             gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
             mx.eval(gradients, sums)  # here: one micro-batch's activations are gone before the next one's
             parts.append(sums)
-            progress.tokens += int(batch.tokens_length.sum())
+            state.tokens += int(batch.tokens_length.sum())
         gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)
         optimizer.learning_rate = rate
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
-        progress.step += 1
-        if following is not None and progress.step % (config.loss.ref_model_sync_steps or 1) == 0:
+        state.step += 1
+        if following is not None and state.step % (config.loss.ref_model_sync_steps or 1) == 0:
             following.follow()
-        progress.seconds += time.perf_counter() - began
+        state.seconds += time.perf_counter() - began
         metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise RunError(
-                f"step {progress.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; not saved",
+                f"step {state.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; not saved",
                 "lower --learning-rate, or look at the rows with `mlx-dpo check`; --resume goes on from a checkpoint",
             )
         return metrics
@@ -153,34 +153,38 @@ def make_step(
     return step
 
 
-def _next_batches(stage: Stage, progress: Progress) -> list[list[int]]:
+def _next_batches(prepared: PreparedRun, state: TrainerState) -> list[list[int]]:
     """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
-    batches = stage.batches(progress.epoch)
-    taken = batches[progress.position : progress.position + stage.config.train.grad_accumulation_steps]
-    progress.position += len(taken)
-    if progress.position == len(batches):
-        progress.epoch, progress.position = progress.epoch + 1, 0
+    batches = prepared.batches(state.epoch)
+    taken = batches[state.position : state.position + prepared.config.train.grad_accumulation_steps]
+    state.position += len(taken)
+    if state.position == len(batches):
+        state.epoch, state.position = state.epoch + 1, 0
     return taken
 
 
-def _report(stage: Stage, run: RunFolder, progress: Progress, metrics: dict[str, float], on_event: OnEvent) -> None:
-    if progress.step == 1:
-        _check_first_step(stage, metrics, on_event)
-    if progress.step % stage.config.train.steps_per_report == 0 or progress.step == stage.total_steps:
-        batches = math.ceil(stage.train_rows / stage.config.train.batch_size)
+def _report(
+    prepared: PreparedRun, run: RunFolder, state: TrainerState, metrics: dict[str, float], on_event: OnEvent
+) -> None:
+    if state.step == 1:
+        _check_first_step(prepared, metrics, on_event)
+    if state.step % prepared.config.train.steps_per_report == 0 or state.step == prepared.total_steps:
+        batches = math.ceil(prepared.train_rows / prepared.config.train.batch_size)
         metrics |= {
-            "epoch": progress.epoch + progress.position / batches,
-            "num_tokens": float(progress.tokens),
-            "seconds": progress.seconds,
+            "epoch": state.epoch + state.position / batches,
+            "num_tokens": float(state.tokens),
+            "seconds": state.seconds,
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
         }
-        run.append_metrics({"step": progress.step} | metrics)
-    on_event(Stepped(progress.step, stage.total_steps, metrics))
+        run.append_metrics({"step": state.step} | metrics)
+    on_event(Stepped(state.step, prepared.total_steps, metrics))
 
 
-def _check_first_step(stage: Stage, metrics: dict[str, float], on_event: OnEvent) -> None:
+def _check_first_step(prepared: PreparedRun, metrics: dict[str, float], on_event: OnEvent) -> None:
     """Before the first update a fresh adapter is the base model, and DPO's loss is ln 2: a free check of everything."""
-    same = not stage.config.model.adapter or (stage.config.loss.reference == "start" and not stage.config.lora.dropout)
+    same = not prepared.config.model.adapter or (
+        prepared.config.loss.reference == "start" and not prepared.config.lora.dropout
+    )
     drift = metrics.get("kl/token", 0.0)
     if same and drift > 1e-3:
         on_event(
@@ -192,71 +196,73 @@ def _check_first_step(stage: Stage, metrics: dict[str, float], on_event: OnEvent
         )
 
 
-def _evaluate(stage: Stage, run: RunFolder, progress: Progress, on_event: OnEvent) -> None:
+def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_event: OnEvent) -> None:
     """Scores the held-out rows, and keeps the adapter where it is the best so far (the lowest held-out loss)."""
-    if not stage.held_out:
+    if not prepared.held_out:
         return
-    stage.loaded.model.eval()
+    prepared.loaded.model.eval()
     found = evaluate_rows(
-        stage.scorer, stage.rows, stage.reference, stage.config.loss, stage.kind,
-        batch_size=stage.config.train.batch_size, places=stage.held_out, on_event=on_event,
+        prepared.scorer, prepared.rows, prepared.reference, prepared.config.loss, prepared.kind,
+        batch_size=prepared.config.train.batch_size, row_indices=prepared.held_out, on_event=on_event,
     )  # fmt: skip
-    if "logps/chosen" in found and stage.kind in ("pair", "ranking"):
-        start = progress.evaluations[0]["logps/chosen"] if progress.evaluations else found["logps/chosen"]
+    if "logps/chosen" in found and prepared.kind in ("pair", "ranking"):
+        start = state.evaluations[0]["logps/chosen"] if state.evaluations else found["logps/chosen"]
         found["logps/chosen_drift"] = found["logps/chosen"] - start
-        _warn_of_drift(progress, found, on_event)
-    progress.evaluations.append({"step": float(progress.step)} | found)
-    best = progress.step > 0 and (progress.best is None or found["loss"] < progress.best["loss"])
+        _warn_of_drift(state, found, on_event)
+    state.evaluations.append({"step": float(state.step)} | found)
+    best = state.step > 0 and (state.best is None or found["loss"] < state.best["loss"])
     if best:
-        progress.best, progress.best_step = found, progress.step
-        if stage.config.train.keep_best:
-            write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
-    run.append_metrics({"step": progress.step} | {f"eval_{name}": value for name, value in found.items()})
-    on_event(Evaluated(progress.step, found, best))
+        state.best, state.best_step = found, state.step
+        if prepared.config.train.keep_best:
+            write_adapter(run, prepared.loaded.model, prepared.adapter, base=prepared.loaded.name)
+    run.append_metrics({"step": state.step} | {f"eval_{name}": value for name, value in found.items()})
+    on_event(Evaluated(state.step, found, best))
 
 
-def _where_to_begin(stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, *, resume: bool) -> Progress:
+def _where_to_begin(
+    prepared: PreparedRun, run: RunFolder, optimizer: optimizers.Optimizer, *, resume: bool
+) -> TrainerState:
     """A fresh start, or with `resume` the state of the newest checkpoint; the files of the run are brought to it."""
-    settings = fingerprint(stage)
+    settings = fingerprint(prepared)
     checkpoints = run.checkpoints() if resume else []
     if not checkpoints:
-        run.config.write_text(to_yaml(stage.config))
-        progress = Progress(fingerprint=settings)
+        run.config.write_text(to_yaml(prepared.config))
+        state = TrainerState(fingerprint=settings)
     else:
-        progress = restore_checkpoint(checkpoints[-1], stage.loaded.model, optimizer, settings)
-        if (following := _following(stage)) is not None:
+        state = restore_checkpoint(checkpoints[-1], prepared.loaded.model, optimizer, settings)
+        if (following := _following(prepared)) is not None:
             following.restore(checkpoints[-1])
-    run.keep_metrics_until(progress.step if checkpoints else -1)
-    return progress
+    run.keep_metrics_until(state.step if checkpoints else -1)
+    return state
 
 
-def _following(stage: Stage) -> FollowingReference | None:
-    return stage.reference if isinstance(stage.reference, FollowingReference) else None
+def _following(prepared: PreparedRun) -> MovingReference | None:
+    return prepared.reference if isinstance(prepared.reference, MovingReference) else None
 
 
-def _facts(stage: Stage) -> dict[str, str]:
+def _facts(prepared: PreparedRun) -> dict[str, str]:
     """What people want to know before the first step."""
-    config = stage.config
-    trained = sum(value.size for value in flat(stage.loaded.model.trainable_parameters()).values())
-    adapter = stage.adapter
+    config = prepared.config
+    trained = sum(value.size for value in flat(prepared.loaded.model.trainable_parameters()).values())
+    adapter = prepared.adapter
     return {
-        "model": f"{stage.loaded.name} ({stage.loaded.form})",
+        "model": f"{prepared.loaded.name} ({prepared.loaded.form})",
         "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, "
         f"{trained / 1e6:.2f} M parameters",
         "loss": f"{config.loss.type}, β {config.loss.beta:g}",
-        "reference": _reference_in_words(stage),
-        "rows": f"{stage.train_rows} to train on, {len(stage.held_out)} held out",
-        "padding": f"{100 * _padding(stage):.0f} % of the tokens that are read",
-        "speed": _speed_in_words(stage),
-        "memory": _memory_in_words(stage),
-        "steps": f"{stage.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
+        "reference": _reference_in_words(prepared),
+        "rows": f"{prepared.train_rows} to train on, {len(prepared.held_out)} held out",
+        "padding": f"{100 * _padding(prepared):.0f} % of the tokens that are read",
+        "speed": _speed_in_words(prepared),
+        "memory": _memory_in_words(prepared),
+        "steps": f"{prepared.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
 
 
-def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
+def _warn_of_reference(prepared: PreparedRun, on_event: OnEvent) -> None:
     """DPO after SFT measures from the SFT model (Rafailov et al. 2023, sec. 4); from the base it pulls back to that."""
-    start = stage.config.model.adapter
-    if start and stage.reference is not None and stage.config.loss.reference == "base":
+    start = prepared.config.model.adapter
+    if start and prepared.reference is not None and prepared.config.loss.reference == "base":
         on_event(
             Warned(
                 f"the reference is the base model, and not {start}, from which training starts; after supervised "
@@ -265,28 +271,28 @@ def _warn_of_reference(stage: Stage, on_event: OnEvent) -> None:
         )
 
 
-def _padding(stage: Stage) -> float:
+def _padding(prepared: PreparedRun) -> float:
     """Share of the tokens that are read which is padding, in the first batches, from 0 to 1."""
-    batches = [make_batch([stage.rows[i] for i in places], places) for places in stage.batches(0)[:64]]
-    return padding_share(group for batch in batches for group in stage.scorer.layout(batch).groups)
+    batches = [make_batch([prepared.rows[i] for i in places], places) for places in prepared.batches(0)[:64]]
+    return padding_share(bucket for batch in batches for bucket in prepared.scorer.layout(batch).buckets)
 
 
-def _speed_in_words(stage: Stage) -> str:
-    taken = levers_on(stage.scorer.speed)
-    on = [name.replace("_", " ") for name in taken if name != "trunk" or stage.scorer.first_adapted > 0]
-    return f"{', '.join(on)}; off the plain path by {stage.difference:.1g} nats" if on else "plain path"
+def _speed_in_words(prepared: PreparedRun) -> str:
+    taken = optimizations_on(prepared.scorer.speed)
+    on = [name.replace("_", " ") for name in taken if name != "activation_cache" or prepared.scorer.first_adapted > 0]
+    return f"{', '.join(on)}; off the plain path by {prepared.difference:.1g} nats" if on else "plain path"
 
 
-def _memory_in_words(stage: Stage) -> str:
-    plan, train = stage.plan, stage.config.train
+def _memory_in_words(prepared: PreparedRun) -> str:
+    plan, train = prepared.plan, prepared.config.train
     checkpointing = ", activations computed twice" if train.grad_checkpoint else ""
     return (f"{in_gb(plan.peak)} foreseen" if plan else "not foreseen") + checkpointing
 
 
-def _reference_in_words(stage: Stage) -> str:
-    if stage.reference is None:
+def _reference_in_words(prepared: PreparedRun) -> str:
+    if prepared.reference is None:
         return "none"
-    start, loss = stage.config.model.adapter, stage.config.loss
+    start, loss = prepared.config.model.adapter, prepared.config.loss
     moves = f", following the policy every {loss.ref_model_sync_steps} steps" if loss.ref_model_sync_steps else ""
     if loss.reference not in ("base", "start"):
         return loss.reference
@@ -295,19 +301,21 @@ def _reference_in_words(stage: Stage) -> str:
     return (f"the starting adapter {start}" if loss.reference == "start" else "base model (adapter off)") + moves
 
 
-def _save(stage: Stage, run: RunFolder, optimizer: optimizers.Optimizer, progress: Progress, on_event: OnEvent) -> None:
+def _save(
+    prepared: PreparedRun, run: RunFolder, optimizer: optimizers.Optimizer, state: TrainerState, on_event: OnEvent
+) -> None:
     path = save_checkpoint(
-        run, stage.loaded.model, stage.adapter, optimizer, progress,
-        base=stage.loaded.name, keep=stage.config.train.keep_checkpoints, reference=_following(stage),
+        run, prepared.loaded.model, prepared.adapter, optimizer, state,
+        base=prepared.loaded.name, keep=prepared.config.train.keep_checkpoints, reference=_following(prepared),
     )  # fmt: skip
-    on_event(Saved(progress.step, path))
+    on_event(Saved(state.step, path))
 
 
-def _warn_of_drift(progress: Progress, found: dict[str, float], on_event: OnEvent) -> None:
+def _warn_of_drift(state: TrainerState, found: dict[str, float], on_event: OnEvent) -> None:
     """Says once, while it happens, that the chosen answers become less likely, and what people do about it."""
     drift, start = found["logps/chosen_drift"], found["logps/chosen"] - found["logps/chosen_drift"]
-    if drift < -FALL * abs(start) and not progress.warned_of_drift:
-        progress.warned_of_drift = True
+    if drift < -FALL * abs(start) and not state.warned_of_drift:
+        state.warned_of_drift = True
         on_event(
             Warned(
                 f"held-out chosen answers have become less likely: log-prob {start:.1f} → {found['logps/chosen']:.1f}. "
@@ -318,8 +326,8 @@ def _warn_of_drift(progress: Progress, found: dict[str, float], on_event: OnEven
         )
 
 
-def _write_final(stage: Stage, run: RunFolder, progress: Progress) -> None:
+def _write_final(prepared: PreparedRun, run: RunFolder, state: TrainerState) -> None:
     """The adapter of the last step, unless the best evaluation's is kept; and the run's model card."""
-    if not (stage.config.train.keep_best and progress.best):
-        write_adapter(run, stage.loaded.model, stage.adapter, base=stage.loaded.name)
+    if not (prepared.config.train.keep_best and state.best):
+        write_adapter(run, prepared.loaded.model, prepared.adapter, base=prepared.loaded.name)
     write_card(run.path)

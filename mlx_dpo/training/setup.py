@@ -20,24 +20,24 @@ from mlx_dpo.data.load import load_splits
 from mlx_dpo.data.records import Record
 from mlx_dpo.data.tokenize import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.events import OnEvent, Phase, Warned, ignore
-from mlx_dpo.logprobs.activation_cache import TrunkStore
-from mlx_dpo.logprobs.check import settle
-from mlx_dpo.logprobs.scorer import OTHER_MODEL, Scorer
+from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
+from mlx_dpo.logprobs.activation_cache import ActivationCache
+from mlx_dpo.logprobs.check import check_optimizations
+from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer
 from mlx_dpo.losses import accepted_kinds, needs_reference
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, rest_blocks
+from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, unload_blocks
 from mlx_dpo.planning.machine import Machine, limit_memory, this_machine
-from mlx_dpo.planning.plan import Plan, alternatives, fit, foresee, remedy, said, settle_memory
+from mlx_dpo.planning.plan import Plan, alternatives, fit, fit_to_machine, foresee, remedy, said
 from mlx_dpo.planning.timing import Timing, estimate
-from mlx_dpo.planning.traced_run import Draft
+from mlx_dpo.planning.traced_run import RunSpec
 from mlx_dpo.reference import store
-from mlx_dpo.reference.tr_dpo import FollowingReference
+from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.types import Kind
 
 
 @dataclass
-class Stage:
+class PreparedRun:
     """All that the loop works with. `rows` are those to train on and behind them those held out; so is `reference`."""
 
     config: RunConfig
@@ -46,10 +46,10 @@ class Stage:
     scorer: Scorer
     rows: list[TokenizedRow]
     train_rows: int
-    reference: store.Reference | FollowingReference | None
+    reference: store.RefLogps | MovingReference | None
     kind: Kind
     total_steps: int
-    difference: float  # of a token's log-prob between the speed levers and the plain path, nats
+    difference: float  # of a token's log-prob between the speed optimizations and the plain path, nats
     plan: Plan | None = None  # of its memory
 
     _epoch: int = -1
@@ -57,51 +57,55 @@ class Stage:
 
     @property
     def held_out(self) -> range:
-        """The places of the held-out rows."""
+        """The row_indices of the held-out rows."""
         return range(self.train_rows, len(self.rows))
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch as places in `rows`."""
+        """The micro-batches of an epoch as row_indices in `rows`."""
         if self._epoch != epoch:
             self._epoch, self._batches = epoch, epoch_batches(self.config, self.rows[: self.train_rows], epoch)
         return self._batches
 
 
-def prepare(config: RunConfig, on_event: OnEvent = ignore) -> Stage:
+def prepare(config: RunConfig, on_event: OnEvent = ignore) -> PreparedRun:
     """Everything before the first step: data, model, adapter, and the reference's log-probs.
 
     Raises:
         RunError: the run does not fit this machine.
     """
-    draft, loaded, adapter = begin(config, partial(load, lazy=True), on_event)
-    draft, plan = _settle_memory(draft, on_event)
-    on_event(Phase("loading the model", 0, 1, ""))
+    spec, loaded, adapter = begin(config, partial(load, lazy=True), on_event)
+    spec, plan = _fit_to_machine(spec, on_event)
+    on_event(Progressed("loading the model", 0, 1, ""))
     read_weights(loaded)
-    on_event(Phase("loading the model", 1, 1, ""))
-    config, everything = draft.config, draft.rows
-    rows = everything[: draft.train_rows]
+    on_event(Progressed("loading the model", 1, 1, ""))
+    config, everything = spec.config, spec.rows
+    rows = everything[: spec.train_rows]
     steps = _total_steps(config, len(rows))
-    places = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
+    row_indices = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
     checkpoint = config.train.grad_checkpoint
-    speed, difference = settle(loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event)
+    speed, difference = check_optimizations(
+        loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event
+    )
     if speed != plan.speed:
-        _, plan = _settle_memory(replace(draft, config=replace(config, speed=speed)), on_event)
-    budget = (speed.trunk_memory_gb * 1e9, speed.trunk_disk_gb * 1e9)
-    trunk = TrunkStore(everything, *budget, places) if speed.trunk else None
-    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, trunk=trunk)
-    if _fill_trunk(scorer, config.train.batch_size, everything, places, on_event):
-        rest_blocks(loaded, config.model, scorer.first_adapted)
+        _, plan = _fit_to_machine(replace(spec, config=replace(config, speed=speed)), on_event)
+    budget = (speed.activation_cache_memory_gb * 1e9, speed.activation_cache_disk_gb * 1e9)
+    activation_cache = ActivationCache(everything, *budget, row_indices) if speed.activation_cache else None
+    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, activation_cache=activation_cache)
+    if _fill_activation_cache(scorer, config.train.batch_size, everything, row_indices, on_event):
+        unload_blocks(loaded, config.model, scorer.first_adapted)
     known = None
     if needs_reference(config.loss):
-        known = _reference(config, loaded, scorer, adapter, everything, places, on_event)
+        known = _reference(config, loaded, scorer, adapter, everything, row_indices, on_event)
     mx.random.seed(config.train.seed)
-    return Stage(config, loaded, adapter, scorer, everything, len(rows), known, draft.kind, steps, difference, plan)
+    return PreparedRun(
+        config, loaded, adapter, scorer, everything, len(rows), known, spec.kind, steps, difference, plan
+    )
 
 
-def _settle_memory(draft: Draft, on_event: OnEvent) -> tuple[Draft, Plan]:
-    draft, plan = settle_memory(draft, this_machine(), on_event)
+def _fit_to_machine(spec: RunSpec, on_event: OnEvent) -> tuple[RunSpec, Plan]:
+    spec, plan = fit_to_machine(spec, this_machine(), on_event)
     limit_memory(plan.limit, plan.working)
-    return draft, plan
+    return spec, plan
 
 
 def plan_run(
@@ -117,20 +121,20 @@ def plan_run(
         MlxDpoError: the data, the model or the settings cannot be used.
     """
     machine = machine or this_machine()
-    draft, loaded, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
-    if config.train.auto and (chosen := fit(draft, machine, [config, *alternatives(config)])):
-        draft = chosen[0]
-    plan, found = foresee(draft, machine)
+    spec, loaded, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
+    if config.train.auto and (chosen := fit(spec, machine, [config, *alternatives(config)])):
+        spec = chosen[0]
+    plan, found = foresee(spec, machine)
     if not has_weights(loaded.path):
         plan.notes.append("the weights are not here yet: their form is what config.json says")
-    timing = estimate(draft, found) if found else None
-    change = said(draft.config, config) if plan.fits(machine) else remedy(draft, machine)
+    timing = estimate(spec, found) if found else None
+    change = said(spec.config, config) if plan.fits(machine) else remedy(spec, machine)
     return plan, timing, change
 
 
 def begin(
     config: RunConfig, load_model: Callable[[ModelConfig], LoadedModel], on_event: OnEvent = ignore
-) -> tuple[Draft, LoadedModel, lora.Adapter]:
+) -> tuple[RunSpec, LoadedModel, lora.Adapter]:
     """Rows as tokens, and the model that `load_model` gives with its adapter on it."""
     kind = kind_of(config.loss)
     splits = load_splits(
@@ -156,7 +160,7 @@ def begin(
         _check_own_settings(config, adapter)
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
-    return Draft(config, loaded.model, [*rows, *valid], len(rows), kind), loaded, adapter
+    return RunSpec(config, loaded.model, [*rows, *valid], len(rows), kind), loaded, adapter
 
 
 def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
@@ -202,13 +206,13 @@ def _total_steps(config: RunConfig, rows: int) -> int:
 
 
 def _visited(config: RunConfig, rows: list[TokenizedRow], steps: int) -> list[int]:
-    """The places that the run comes to: all of them, unless it ends within the first epoch."""
+    """The row_indices that the run comes to: all of them, unless it ends within the first epoch."""
     batches = epoch_batches(config, rows, 0)[: steps * config.train.grad_accumulation_steps]
     return sorted(place for batch in batches for place in batch)
 
 
-def _fill_trunk(
-    scorer: Scorer, batch_size: int, rows: list[TokenizedRow], places: list[int], on_event: OnEvent
+def _fill_activation_cache(
+    scorer: Scorer, batch_size: int, rows: list[TokenizedRow], row_indices: list[int], on_event: OnEvent
 ) -> bool:
     """Computes what the frozen blocks give for the rows, before anything else and always in the same batches.
 
@@ -217,29 +221,30 @@ def _fill_trunk(
     Rounding depends on the batch in which a row is computed. Were rows kept as they happen to come by, a resumed run,
     which meets them in other batches, would differ from a straight one in the last bits.
     """
-    if scorer.trunk is None or scorer.first_adapted == 0:
+    if scorer.activation_cache is None or scorer.first_adapted == 0:
         return False
-    visited = len(places)
-    places = [i for i in places if rows[i].shares_prompt]
-    places.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
-    for start in range(0, len(places), batch_size):
-        on_event(Phase("frozen blocks", start, len(places), "rows"))
-        part = places[start : start + batch_size]
+    visited = len(row_indices)
+    row_indices = [i for i in row_indices if rows[i].shares_prompt]
+    row_indices.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
+    for start in range(0, len(row_indices), batch_size):
+        on_event(Progressed("frozen blocks", start, len(row_indices), "rows"))
+        part = row_indices[start : start + batch_size]
         batch = make_batch([rows[i] for i in part], part)
         states = scorer.score(batch, gradient=False).states
         mx.eval(states)  # and not the log-probs: no block above is computed
         scorer.keep(batch, states)
-        if scorer.trunk.no_room:
+        if scorer.activation_cache.no_room:
             break
-    on_event(Phase("frozen blocks", len(places), len(places), "rows"))
-    if scorer.trunk.no_room:
+    on_event(Progressed("frozen blocks", len(row_indices), len(row_indices), "rows"))
+    if scorer.activation_cache.no_room:
+        size = scorer.activation_cache.nbytes / 1e9
         on_event(
             Warned(
-                f"what the frozen blocks give for {len(places)} rows takes {scorer.trunk.nbytes / 1e9:.1f} GB, and is "
-                "computed in every step, since speed.trunk_memory_gb and speed.trunk_disk_gb have no room for it"
+                f"what the frozen blocks give for {len(row_indices)} rows takes {size:.1f} GB, and is "
+                "computed in every step: speed.activation_cache_memory_gb and …_disk_gb have no room for it"
             )
         )
-    return not scorer.trunk.no_room and len(places) == visited
+    return not scorer.activation_cache.no_room and len(row_indices) == visited
 
 
 def kind_of(loss: LossConfig) -> Kind:
@@ -263,25 +268,27 @@ def _reference(
     scorer: Scorer,
     adapter: lora.Adapter,
     rows: list[TokenizedRow],
-    places: list[int],
+    row_indices: list[int],
     on_event: OnEvent,
-) -> store.Reference | FollowingReference:
+) -> store.RefLogps | MovingReference:
     """log π_ref of every row, from the model that `loss.reference` names; a TR-DPO reference can move from there."""
     wanted, size = config.loss.reference, config.train.batch_size
     if wanted not in ("base", "start"):
         other = _reference_model(config, loaded)
-        plain = Scorer(other.model, OTHER_MODEL)
+        plain = Scorer(other.model, UNCHECKED)
         digest = store.model_digest(other, with_adapter=True)
-        return store.compute_reference(plain, rows, digest, batch_size=size, places=places, on_event=on_event)
+        return store.compute_reference(plain, rows, digest, batch_size=size, row_indices=row_indices, on_event=on_event)
     from_base = wanted == "base" or not config.model.adapter
     digest = store.model_digest(loaded, with_adapter=not from_base)
     with lora.switched_off(loaded.model) if from_base else nullcontext():
         loaded.model.eval()
-        known = store.compute_reference(scorer, rows, digest, batch_size=size, places=places, on_event=on_event)
+        known = store.compute_reference(
+            scorer, rows, digest, batch_size=size, row_indices=row_indices, on_event=on_event
+        )
     if config.loss.ref_model_sync_steps is None:
         return known
     alpha = config.loss.ref_model_mixup_alpha
-    return FollowingReference(scorer, rows, adapter, known, alpha, from_base=from_base)
+    return MovingReference(scorer, rows, adapter, known, alpha, from_base=from_base)
 
 
 def _reference_model(config: RunConfig, loaded: LoadedModel) -> LoadedModel:
@@ -295,26 +302,26 @@ def _reference_model(config: RunConfig, loaded: LoadedModel) -> LoadedModel:
         if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
             raise ModelError(
                 f"--reference {wanted} has another tokenizer than {config.model.path}: ids mean other tokens",
-                "a reference must read the same tokens, as another size or stage of the same model family does",
+                "a reference must read the same tokens, as another size or prepared of the same model family does",
             )
     other.model.eval()
     return other
 
 
-def fingerprint(stage: Stage) -> dict[str, Any]:
+def fingerprint(prepared: PreparedRun) -> dict[str, Any]:
     """What decides the batches and what they mean; a checkpoint is only good where all of it is the same."""
-    config = stage.config
+    config = prepared.config
     ids = hashlib.blake2b(digest_size=16)
-    for row in stage.rows:
+    for row in prepared.rows:
         ids.update(json.dumps([row.prompt, row.completions, row.starts, row.ranks, row.label]).encode())
     return {
-        "rows": f"{stage.train_rows} + {len(stage.held_out)}, {ids.hexdigest()}",
-        "model": f"{stage.loaded.name}, {store.model_digest(stage.loaded, with_adapter=False)}",
+        "rows": f"{prepared.train_rows} + {len(prepared.held_out)}, {ids.hexdigest()}",
+        "model": f"{prepared.loaded.name}, {store.model_digest(prepared.loaded, with_adapter=False)}",
         "start": config.model.adapter,
-        "lora": asdict(stage.adapter) | {"keys": list(stage.adapter.keys), "dropout": config.lora.dropout},
+        "lora": asdict(prepared.adapter) | {"keys": list(prepared.adapter.keys), "dropout": config.lora.dropout},
         "loss": asdict(config.loss),
         "optim": asdict(config.optim),
-        "total_steps": stage.total_steps,
+        "total_steps": prepared.total_steps,
         "order": [
             config.train.seed,
             config.train.shuffle,

@@ -18,7 +18,7 @@ from benchmarks.ratios import ratios
 from benchmarks.rounds import ROOT, measure, run_worker
 from benchmarks.workloads import Workload, batches, workloads
 from mlx_dpo.errors import MlxDpoError
-from mlx_dpo.logprobs.scorer import LEVERS
+from mlx_dpo.logprobs.scorer import OPTIMIZATIONS
 from mlx_dpo.planning.machine import this_machine
 
 SHARED = ROOT.parent / "shared" / "data"
@@ -61,8 +61,8 @@ def measure_steps(settings: Settings, results: dict[str, Any]) -> None:
         taking_part = {
             label: contender
             for label, contender in who.items()
-            if spec["top_layers"] < spec["blocks"] or contender.options.get("speed") != {"trunk": False}
-        }  # with adapters on all blocks there is no trunk to leave out
+            if spec["top_layers"] < spec["blocks"] or contender.options.get("speed") != {"activation_cache": False}
+        }  # with adapters on all blocks there are no frozen blocks to leave out
         found = measure(
             taking_part,
             spec,
@@ -102,11 +102,11 @@ def measure_profile(settings: Settings, results: dict[str, Any]) -> None:
 
 
 def measure_growth(settings: Settings, results: dict[str, Any]) -> None:
-    """Time and memory of one pair over the lengths of its prompt and of its answers, with all levers and plain."""
+    """Time and memory of one pair over the lengths of its prompt and of its answers, optimized and plain."""
     points: list[dict[str, Any]] = []
     for sweep, sizes in GROWTH.items():
         for size in sizes:
-            for who, speed in {"mlx_dpo": {}, "plain": LEVERS}.items():
+            for who, speed in {"mlx_dpo": {}, "plain": OPTIMIZATIONS}.items():
                 point = BESIDE | {sweep: size, "sweep": sweep, "who": who}
                 options = {"prompt": point["prompt"], "answer": point["answer"], "speed": speed}
                 shorter = [p for p in points if (p["sweep"], p["who"]) == (sweep, who) and "error" not in p][-1:]
@@ -133,8 +133,8 @@ def measure_vocabulary(settings: Settings, results: dict[str, Any]) -> None:
         who: _synthetic(settings, options | {"speed": speed}, f"vocabulary-{who.replace(' ', '-')}")
         for who, speed in {
             "mlx_dpo": {},
-            "without completion_head": {"completion_head": False},
-            "plain": LEVERS,
+            "without chunked_logits": {"chunked_logits": False},
+            "plain": OPTIMIZATIONS,
         }.items()
     }
     results["vocabulary"] = {"vocabulary": VOCABULARY, "answer": LONG_ANSWER, "runs": runs}
@@ -158,15 +158,18 @@ PARTS: dict[str, Callable[[Settings, dict[str, Any]], None]] = {
 
 
 def _synthetic(settings: Settings, options: dict[str, Any], label: str) -> dict[str, Any]:
-    """Seconds of a step on one pair of stated lengths, and of its trunk, and the memory they take."""
+    """Seconds of a step on one pair of stated lengths, and of its frozen blocks, and the memory they take."""
     keys, top = ADAPTERS["top16"]
     spec = _fixed(settings) | {"keys": keys, "top_layers": top, "batch": 1, "max_length": None, "options": options}
     found = run_worker("synthetic", spec, sys.executable, settings.out / "logs" / f"{label}.log")
     if "error" in found:
         return found
     step = min(taken["wall"] for taken in found["steps"][1:])
-    trunk = found["stages"].get("trunk", {"wall": 0.0})["wall"] / (len(found["steps"]) - 1)  # the first did not count
-    return {"step": step, "trunk": trunk} | {name: found[name] for name in ("peak_mlx_mb", "peak_rss_mb", "model_mb")}
+    counted = len(found["steps"]) - 1  # the first did not count
+    frozen_blocks = found["stages"].get("frozen_blocks", {"wall": 0.0})["wall"] / counted
+    return {"step": step, "frozen_blocks": frozen_blocks} | {
+        name: found[name] for name in ("peak_mlx_mb", "peak_rss_mb", "model_mb")
+    }
 
 
 def _cases(settings: Settings) -> list[tuple[str, Workload, str]]:

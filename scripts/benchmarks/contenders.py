@@ -1,4 +1,4 @@
-"""Who is measured: mlx_dpo with all its speed levers, without each, and without any; and other trainers."""
+"""Who is measured: mlx_dpo with all its speed optimizations, without each, and without any; and other trainers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dpo.errors import UsageError
-from mlx_dpo.logprobs.scorer import LEVERS
+from mlx_dpo.logprobs.scorer import OPTIMIZATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,8 +32,8 @@ def _ours(**speed: bool) -> Contender:
 
 OURS: dict[str, Contender] = {
     "mlx_dpo": _ours(),
-    **{f"mlx_dpo without {lever}": _ours(**{lever: off}) for lever, off in LEVERS.items()},
-    "mlx_dpo plain": _ours(**LEVERS),
+    **{f"mlx_dpo without {optimization}": _ours(**{optimization: off}) for optimization, off in OPTIMIZATIONS.items()},
+    "mlx_dpo plain": _ours(**OPTIMIZATIONS),
 }
 
 PEERS: dict[str, Contender] = {

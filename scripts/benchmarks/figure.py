@@ -35,8 +35,8 @@ def draw(points: Sequence[Mapping[str, Any]], file: Path) -> None:
             axes[0, column].plot(size, [p["step"] for p in line], style, label=who)
             axes[1, column].plot(size, [p["peak_mlx_mb"] for p in line], style, label=who)
             if who == "mlx_dpo":
-                first = [p["step"] + p["trunk"] for p in line]
-                axes[0, column].plot(size, first, "--o", label="mlx_dpo with the trunk pass")
+                first = [p["step"] + p["frozen_blocks"] for p in line]
+                axes[0, column].plot(size, first, "--o", label="mlx_dpo with the frozen blocks' pass")
         axes[0, column].set_ylabel("seconds a step of one pair")
         axes[1, column].set_ylabel("peak memory, MB")
         for axis in axes[:, column]:

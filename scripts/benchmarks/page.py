@@ -45,7 +45,15 @@ def steps_section(name: str, found: Mapping[str, Any], settings: Mapping[str, An
         f"{fmean(answers):.0f} an answer. Adapter: rank {settings['rank']} on {', '.join(settings['keys'])} of the top "
         f"{settings['top_layers']} of {settings['blocks']} blocks."
     )
-    columns = ["", "s a step", "CPU s", "peak MB, MLX", "peak MB, process", "trunk, s a pair", "reference, s a pair"]
+    columns = [
+        "",
+        "s a step",
+        "CPU s",
+        "peak MB, MLX",
+        "peak MB, process",
+        "frozen blocks, s a pair",
+        "reference, s a pair",
+    ]
     columns.append("first loss")
     rows = len(found["lengths"])
     lines = [_step_row(who, result, rows) for who, result in found["contenders"].items()]
@@ -53,7 +61,7 @@ def steps_section(name: str, found: Mapping[str, Any], settings: Mapping[str, An
     if limit:
         seconds = {epoch: median(sum(step.values()) for step in limit[epoch]) for epoch in limit}
         lines.append(["counted limit", _s(seconds["first"]), *[""] * 6])
-        lines.append(["counted limit, trunk known", _s(seconds["later"]), *[""] * 6])
+        lines.append(["counted limit, activations known", _s(seconds["later"]), *[""] * 6])
     kinds = ["wall", "cpu", "memory"]
     compared = [
         [what, *(_s(ratio[kind]) if kind in ratio else "" for kind in kinds)] for what, ratio in found["ratios"].items()
@@ -73,7 +81,7 @@ def profile_section(name: str, found: Mapping[str, Any]) -> str:
     counted = ", ".join(f"{count} {name}" for name, count in list(found["operations"].items())[:12])
     return "\n\n".join(
         [
-            f"### Where a step's time goes: {name}, trunk known",
+            f"### Where a step's time goes: {name}, activations known",
             table(["part", "s", "share"], rows),
             f"Describing the graph in Python takes {_s(found['described'])} s of these. Operations: {counted}.",
         ]
@@ -92,7 +100,7 @@ def vocabulary_section(found: Mapping[str, Any]) -> str:
 
 def growth_section(points: Sequence[Mapping[str, Any]]) -> str:
     """Time and memory of a pair by length."""
-    columns = ["prompt", "answer", "", "a step, s", "its trunk, once, s", "peak MB, MLX"]
+    columns = ["prompt", "answer", "", "a step, s", "its frozen blocks, once, s", "peak MB, MLX"]
     rows = [
         [
             str(point["prompt"]),
@@ -101,7 +109,7 @@ def growth_section(points: Sequence[Mapping[str, Any]]) -> str:
             *(
                 [point["error"], "", ""]
                 if "error" in point
-                else [_s(point["step"]), _s(point["trunk"]), f"{point['peak_mlx_mb']:.0f}"]
+                else [_s(point["step"]), _s(point["frozen_blocks"]), f"{point['peak_mlx_mb']:.0f}"]
             ),
         ]
         for point in points
@@ -119,7 +127,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _step_row(who: str, result: Result, rows: int) -> list[str]:
     if "error" in result:
         return [who, f"failed: {result['error'][:120]}", *[""] * 6]
-    before = [result.get(stage) for stage in ("trunk", "reference")]
+    before = [result.get(stage) for stage in ("frozen_blocks", "reference")]
     seconds = [result["step"]["wall"], result["step"]["cpu"]]
     memory = [result["peak_mlx_mb"], result["peak_rss_mb"]]
     loss = result["first_loss"]

@@ -11,11 +11,11 @@ Result = dict[str, Any]
 
 
 def ratios(results: Mapping[str, Result], steps: int) -> dict[str, dict[str, float]]:
-    """Ratios of mlx_dpo with all levers to the best MLX trainer of preferences, to mlx-lm's SFT step and to TRL.
+    """Ratios of mlx_dpo with all optimizations to the best MLX trainer of preferences, to mlx-lm's SFT step and to TRL.
 
     Each is named for what is compared and holds `wall` and `cpu`, or `memory`; below 1 is better. What was not
-    measured is left out. The trunk is computed before the first step, over the rows of `steps` steps: by the clock
-    no step has it, and a run of one epoch pays a share of it for each.
+    measured is left out. The frozen blocks are computed before the first step, over the rows of `steps` steps: by the
+    clock no step has it, and a run of one epoch pays a share of it for each.
     """
     ours = results.get("mlx_dpo", {"error": "not measured"})
     if "error" in ours:
@@ -23,11 +23,11 @@ def ratios(results: Mapping[str, Result], steps: int) -> dict[str, dict[str, flo
     good = {name: found for name, found in results.items() if name in PEERS and "error" not in found}
     rivals = {name: found for name, found in good.items() if PEERS[name].mlx and PEERS[name].prefers}
     compared: dict[str, dict[str, float]] = {}
-    trunk = ours.get("trunk", {"wall": 0.0, "cpu": 0.0})
+    frozen_blocks = ours.get("frozen_blocks", {"wall": 0.0, "cpu": 0.0})
     taken = {
         "a step by the clock": ours["step"],
-        "a step with its share of the trunk": {
-            kind: seconds + trunk[kind] / steps for kind, seconds in ours["step"].items()
+        "a step with its share of the frozen blocks": {
+            kind: seconds + frozen_blocks[kind] / steps for kind, seconds in ours["step"].items()
         },
     }
     others = {"best MLX peer": rivals} | {
@@ -39,9 +39,11 @@ def ratios(results: Mapping[str, Result], steps: int) -> dict[str, dict[str, flo
         for name, there in others.items():
             compared[f"{what} / {name}"] = _times(seconds, there, "step")
     if "reference" in ours:
-        before = {kind: seconds + trunk[kind] for kind, seconds in ours["reference"].items()}
+        before = {kind: seconds + frozen_blocks[kind] for kind, seconds in ours["reference"].items()}
         first = {name: found for name, found in rivals.items() if "reference" in found}
-        compared["trunk and reference pass / best MLX peer's reference pass"] = _times(before, first, "reference")
+        compared["frozen blocks and reference pass / best MLX peer's reference pass"] = _times(
+            before, first, "reference"
+        )
     for kind in ("peak_mlx_mb", "peak_rss_mb"):
         if rivals:
             best = min(found[kind] for found in rivals.values())

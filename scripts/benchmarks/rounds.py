@@ -95,7 +95,7 @@ def measure(
 
 
 def summary(passes: Sequence[Result], warmup: int) -> Result:
-    """The medians over all passes: seconds of a `step` and of what comes before (`trunk`, `reference`), and memory.
+    """The medians over all passes: seconds of a `step`, of what comes before (`frozen_blocks`, `reference`), memory.
 
     The first `warmup` steps of each pass are dropped. Of passes that all failed the error of one is given.
     """
@@ -104,7 +104,7 @@ def summary(passes: Sequence[Result], warmup: int) -> Result:
         return {"error": passes[0]["error"]}
     steps = [step for found in good for step in found["steps"][warmup:]]
     rows: Result = {"step": _medians(steps)}
-    for stage in ("trunk", "reference"):
+    for stage in ("frozen_blocks", "reference"):
         if taken := [found["stages"][stage] for found in good if stage in found["stages"]]:
             rows[stage] = _medians(taken)
     for name in ("peak_mlx_mb", "peak_rss_mb"):

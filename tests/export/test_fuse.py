@@ -15,7 +15,7 @@ import pytest
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import Warned
-from mlx_dpo.export.forms import Form, LayerLoss, rounded, total_loss
+from mlx_dpo.export.forms import Form, LayerRoundingError, rounded, total_rounding_error
 from mlx_dpo.export.fuse import WARN_ABOVE, fuse
 from mlx_dpo.models.merge import full_weight, merged_weight
 from support.adapters import PAIRS, write_adapter, write_pairs
@@ -302,7 +302,7 @@ def test_a_change_below_half_a_step_is_rounded_away() -> None:
 
 
 def test_the_loss_of_layers_together_weighs_them_by_their_change() -> None:
-    layers = [LayerLoss("a", "", 9.0, 3.0, 1.0, 0.0), LayerLoss("b", "", 9.0, 4.0, 0.5, 1.0)]
+    layers = [LayerRoundingError("a", "", 9.0, 3.0, 1.0, 0.0), LayerRoundingError("b", "", 9.0, 4.0, 0.5, 1.0)]
     # lost: (1 · 3)² + (0.5 · 4)² = 13 of 3² + 4² = 25; kept: 0 · 9 + 1 · 16 of 25
-    assert total_loss(layers) == pytest.approx((np.sqrt(13 / 25), 16 / 25))
-    assert total_loss([LayerLoss("a", "", 9.0, 0.0, 0.0, 1.0)]) == (0.0, 1.0)
+    assert total_rounding_error(layers) == pytest.approx((np.sqrt(13 / 25), 16 / 25))
+    assert total_rounding_error([LayerRoundingError("a", "", 9.0, 0.0, 0.0, 1.0)]) == (0.0, 1.0)

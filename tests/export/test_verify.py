@@ -14,13 +14,13 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.export.verify import compare, demo_rows, verify_folder, verify_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.write import export_model_gguf
-from mlx_dpo.reference.store import Reference
+from mlx_dpo.reference.store import RefLogps
 from support.adapters import PAIRS, write_adapter, write_pairs
 
 ROW = TokenizedRow("1", [5], ([6, 7], [8]), (0, 0), (1.0, 2.0))
 
 
-def logps(*values: float) -> Reference:
+def logps(*values: float) -> RefLogps:
     """Of the one row's answers, two tokens and one."""
     return [[np.array(values[:2], np.float32), np.array(values[2:], np.float32)]]
 

@@ -1,4 +1,4 @@
-"""Every lever is exact: log-probs and gradients of the plain path, for every architecture, alone and together."""
+"""Every optimization is exact: the plain path's log-probs and gradients, for every model, alone and together."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mlx_dpo.config import LoraConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.events import Warned
-from mlx_dpo.logprobs.activation_cache import TrunkStore
-from mlx_dpo.logprobs.buckets import SPARE
-from mlx_dpo.logprobs.check import settle
-from mlx_dpo.logprobs.scorer import LEVERS, STATS, Scorer, levers_on, plain_logps
+from mlx_dpo.logprobs.activation_cache import ActivationCache
+from mlx_dpo.logprobs.buckets import BUCKET_OVERHEAD
+from mlx_dpo.logprobs.check import check_optimizations
+from mlx_dpo.logprobs.scorer import OPTIMIZATIONS, STATS, Scorer, optimizations_on, plain_logps
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from support.tiny_models import TINY_MODELS, tiny_model_folder
@@ -27,7 +27,7 @@ from support.tiny_models import TINY_MODELS, tiny_model_folder
 NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
 """State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row.
 """
-OFF = SpeedConfig(**LEVERS)
+OFF = SpeedConfig(**OPTIMIZATIONS)
 
 
 def random_rows(vocabulary: int, seed: int = 0, answers: int = 2) -> list[TokenizedRow]:
@@ -85,16 +85,16 @@ def assert_same(found: tuple[mx.array, mx.array], expected: tuple[mx.array, mx.a
 
 
 def filled(scorer: Scorer, batch: Batch) -> Scorer:
-    """The scorer after a pass that noted the trunk's states."""
+    """The scorer after a pass that noted the cached states."""
     out = scorer.score(batch, gradient=False)
     scorer.keep(batch, out.states)
-    assert scorer.trunk is not None and scorer.trunk.knows(batch)
+    assert scorer.activation_cache is not None and scorer.activation_cache.knows(batch)
     return scorer
 
 
 def with_levers(on: tuple[bool, ...]) -> SpeedConfig:
-    """Those levers and no others; steps shorter than a prompt, and of about the length of a sliding window."""
-    return SpeedConfig(**dict(zip(LEVERS, on, strict=True)) | {"prefill_step_size": 7 * on[1]})
+    """Those optimizations and no others; steps shorter than a prompt, and of about the length of a sliding window."""
+    return SpeedConfig(**dict(zip(OPTIMIZATIONS, on, strict=True)) | {"prefill_step_size": 7 * on[1]})
 
 
 @pytest.mark.parametrize("arch", TINY_MODELS)
@@ -104,22 +104,27 @@ def test_all_levers_together_give_the_plain_paths_log_probs_and_gradients(arch: 
     batch = make_batch(rows, range(len(rows)))
     speed = SpeedConfig(shared_prompt=arch not in NOT_SHARED, prefill_step_size=5)
     for checkpoint in (False, True):
-        trunk = TrunkStore(rows, 1e9, 0)
-        spare = 0 if checkpoint else SPARE  # every length by itself, and all together
-        scorer = filled(Scorer(model, speed, checkpoint=checkpoint, trunk=trunk, spare=spare), batch)
+        activation_cache = ActivationCache(rows, 1e9, 0)
+        bucket_overhead = 0 if checkpoint else BUCKET_OVERHEAD  # every length by itself, and all together
+        scorer = filled(
+            Scorer(
+                model, speed, checkpoint=checkpoint, activation_cache=activation_cache, bucket_overhead=bucket_overhead
+            ),
+            batch,
+        )
         assert scorer.first_adapted == 2
         atol = 3e-4 if arch == "gemma2" else 5e-5  # a product's rounding depends on its shape, and gemma 2 amplifies it
         assert_same(measure(model, batch, scorer, training=checkpoint), measure(model, batch, None), atol)
 
 
-@pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=len(LEVERS))))
-@pytest.mark.parametrize(("arch", "spare"), [("llama", 8), ("gemma3", 0)])
-def test_every_choice_of_levers_is_exact(arch: str, spare: int, on: tuple[bool, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=len(OPTIMIZATIONS))))
+@pytest.mark.parametrize(("arch", "bucket_overhead"), [("llama", 8), ("gemma3", 0)])
+def test_every_choice_of_levers_is_exact(arch: str, bucket_overhead: int, on: tuple[bool, ...], tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     rows = random_rows(vocabulary, answers=3)
     batch = make_batch(rows, range(len(rows)))
     speed = with_levers(on)
-    scorer = Scorer(model, speed, trunk=TrunkStore(rows, 1e9, 0), spare=spare)
+    scorer = Scorer(model, speed, activation_cache=ActivationCache(rows, 1e9, 0), bucket_overhead=bucket_overhead)
     if on[0]:
         filled(scorer, batch)
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
@@ -139,7 +144,9 @@ def test_in_steps_attention_leaves_out_most_of_what_is_masked(tmp_path: Path, mo
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
     for size, expected in ((0, 64 * 64), (8, 64 * 64 * 9 // 16)):
         pairs.clear()
-        Scorer(model, SpeedConfig(trunk=False, prefill_step_size=size))(make_batch([row], [0]), gradient=False)
+        Scorer(model, SpeedConfig(activation_cache=False, prefill_step_size=size))(
+            make_batch([row], [0]), gradient=False
+        )
         answers = (1 + 64) * len(model.layers)  # both in one array, a single token each
         assert sum(pairs) - answers == expected * len(model.layers)
 
@@ -147,7 +154,7 @@ def test_in_steps_attention_leaves_out_most_of_what_is_masked(tmp_path: Path, mo
 def test_states_kept_from_one_batching_serve_another(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "qwen3")
     rows = random_rows(vocabulary)
-    scorer = Scorer(model, trunk=TrunkStore(rows, 1e9, 0))
+    scorer = Scorer(model, activation_cache=ActivationCache(rows, 1e9, 0))
     for places in ([2, 0], [1, 3]):
         filled(scorer, make_batch([rows[i] for i in places], places))
     other = make_batch([rows[3], rows[2]], [3, 2])
@@ -159,7 +166,7 @@ def test_with_the_trunk_known_no_frozen_block_runs(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
-    scorer = filled(Scorer(model, trunk=TrunkStore(rows, 1e9, 0)), batch)
+    scorer = filled(Scorer(model, activation_cache=ActivationCache(rows, 1e9, 0)), batch)
     before = scorer(batch, gradient=False).logps
     broken = {name: mx.full(value.shape, mx.nan) for name, value in tree_flatten(model.layers[0].parameters())}
     model.layers[0].load_weights(list(broken.items()))
@@ -172,8 +179,8 @@ def test_a_trunk_that_the_budget_has_no_room_for_is_not_kept_and_the_numbers_sta
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
     tokens = sum(len(row.prompt) + sum(len(ids) - 1 for ids in row.completions) for row in rows)
-    store = TrunkStore(rows, tokens * 64 * 4 - 1, 0)
-    scorer = Scorer(model, trunk=store)
+    store = ActivationCache(rows, tokens * 64 * 4 - 1, 0)
+    scorer = Scorer(model, activation_cache=store)
     scorer(batch, gradient=False)
     assert store.no_room
     assert store.nbytes == tokens * 64 * 4, "hidden size 64 in float32"
@@ -184,8 +191,8 @@ def test_a_trunk_that_the_budget_has_no_room_for_is_not_kept_and_the_numbers_sta
 def test_rows_that_a_run_does_not_come_to_take_no_room(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
-    store = TrunkStore(rows, 1e9, 0, places=[1, 3])
-    scorer = Scorer(model, trunk=store)
+    store = ActivationCache(rows, 1e9, 0, row_indices=[1, 3])
+    scorer = Scorer(model, activation_cache=store)
     batch = make_batch([rows[1], rows[3]], [1, 3])
     filled(scorer, batch)
     assert store.nbytes == sum(len(rows[i].prompt) + sum(len(x) - 1 for x in rows[i].completions) for i in (1, 3)) * 256
@@ -199,8 +206,8 @@ def test_a_trunk_too_large_for_memory_goes_to_disk(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
-    store = TrunkStore(rows, 100, 1e9)
-    scorer = filled(Scorer(model, trunk=store), batch)
+    store = ActivationCache(rows, 100, 1e9)
+    scorer = filled(Scorer(model, activation_cache=store), batch)
     assert store.on_disk
     assert_same(measure(model, batch, scorer), measure(model, batch, None))
 
@@ -223,7 +230,7 @@ def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path
     batch = make_batch(rows, range(len(rows)))
     assert not batch.shares_prompt
     for size in (0, 6):  # whole sequences at once, and in steps on top of each other
-        scorer = Scorer(model, SpeedConfig(prefill_step_size=size), trunk=TrunkStore(rows, 1e9, 0))
+        scorer = Scorer(model, SpeedConfig(prefill_step_size=size), activation_cache=ActivationCache(rows, 1e9, 0))
         assert scorer.score(batch, gradient=False).states is None
         assert_same(measure(model, batch, scorer), measure(model, batch, None))
 
@@ -232,7 +239,7 @@ def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path
 def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     said: list[object] = []
-    speed, difference = settle(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
+    speed, difference = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
     assert speed == SpeedConfig(shared_prompt=arch == "llama")
     assert difference < 1e-4
     assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (
@@ -243,43 +250,53 @@ def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, 
 @pytest.mark.parametrize("arch", ["llama", "mamba2", "gemma2"])
 def test_settle_holds_log_probs_alone_where_nothing_is_trained(arch: str, tmp_path: Path) -> None:
     loaded = load(ModelConfig(path=str(tiny_model_folder(tmp_path, arch))))
-    speed, difference = settle(loaded.model, random_rows(len(loaded.tokenizer)), SpeedConfig(trunk=False))
-    assert speed == SpeedConfig(trunk=False, shared_prompt=arch == "llama")
+    speed, difference = check_optimizations(
+        loaded.model, random_rows(len(loaded.tokenizer)), SpeedConfig(activation_cache=False)
+    )
+    assert speed == SpeedConfig(activation_cache=False, shared_prompt=arch == "llama")
     assert difference < 1e-4
 
 
 def test_settle_does_not_trust_a_lever_that_gives_other_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_dpo.logprobs.kv_cache import AnswerCache
+    from mlx_dpo.logprobs.kv_cache import ContinuationKVCache
 
     model, vocabulary = adapted_model(tmp_path, "llama")
-    honest = AnswerCache.make_mask
+    honest = ContinuationKVCache.make_mask
     monkeypatch.setattr(
-        AnswerCache,
+        ContinuationKVCache,
         "make_mask",
         lambda self, n, *a, **k: honest(self, n, *a, **k) & (mx.arange(self.width + self.read + n) > 0),
     )
     said: list[object] = []
     rows = [row for row in random_rows(vocabulary) if len(row.prompt) > 3]
-    speed, _ = settle(model, rows, SpeedConfig(), on_event=said.append)
-    assert not speed.shared_prompt and speed.trunk and speed.completion_head
+    speed, _ = check_optimizations(model, rows, SpeedConfig(), on_event=said.append)
+    assert not speed.shared_prompt and speed.activation_cache and speed.chunked_logits
     assert len(said) == 1
 
 
 def test_settle_reads_in_steps_and_leaves_out_steps_that_give_other_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_dpo.logprobs.kv_cache import PromptCache
+    from mlx_dpo.logprobs.kv_cache import PrefixKVCache
 
     model, vocabulary = adapted_model(tmp_path, "llama")
-    monkeypatch.setattr(PromptCache, "offset", 0)
+    monkeypatch.setattr(PrefixKVCache, "offset", 0)
     said: list[object] = []
-    speed, _ = settle(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
+    speed, _ = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
     assert speed == SpeedConfig(prefill_step_size=0)
     assert len(said) == 1 and isinstance(said[0], Warned) and "speed.prefill_step_size" in said[0].text
 
 
 def test_without_shared_prompts_nothing_is_read_in_steps() -> None:
-    assert levers_on(SpeedConfig(shared_prompt=False)) == ["trunk", "groups", "completion_head"]
-    assert levers_on(SpeedConfig(**LEVERS)) == levers_on(replace(SpeedConfig(**LEVERS), prefill_step_size=64)) == []
+    assert optimizations_on(SpeedConfig(shared_prompt=False)) == [
+        "activation_cache",
+        "length_buckets",
+        "chunked_logits",
+    ]
+    assert (
+        optimizations_on(SpeedConfig(**OPTIMIZATIONS))
+        == optimizations_on(replace(SpeedConfig(**OPTIMIZATIONS), prefill_step_size=64))
+        == []
+    )

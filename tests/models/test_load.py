@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.models.load import is_quantized, load, resolve, rest_blocks
+from mlx_dpo.models.load import is_quantized, load, resolve, unload_blocks
 from support.tiny_models import tiny_model_folder
 
 TOKENS = mx.array([[5, 9, 40, 41, 7, 100, 200, 3]])
@@ -221,7 +221,7 @@ def test_blocks_at_rest_take_no_memory_and_come_back_when_they_are_needed(
     mx.eval(before)
     held = mx.get_active_memory()
     lowest = sum(value.nbytes for block in loaded.model.layers[:3] for _, value in tree_flatten(block.parameters()))
-    rest_blocks(loaded, config, 3)
+    unload_blocks(loaded, config, 3)
     assert held - mx.get_active_memory() > 0.95 * lowest
     assert mx.array_equal(log_probs(loaded.model), before)
     assert not tree_flatten(loaded.model.trainable_parameters()) and not loaded.model.training

@@ -9,7 +9,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_dpo.planning.graph import Graph, Unknown, as_checkpointed, marked_twice, trace
+from mlx_dpo.planning.graph import Graph, Unknown, as_checkpointed, trace, traceable_checkpoint
 from mlx_dpo.planning.peak_memory import RunAhead, peak_memory
 
 AT_ONCE = RunAhead(tasks=1, task=1, view=0, work=1)
@@ -64,14 +64,14 @@ def test_what_mlx_cannot_describe_is_refused() -> None:
 WIDTH, LAYERS = 16, 12
 
 
-def layers(twice: object, weights: list[mx.array], x: mx.array) -> mx.array:
+def layers(checkpoint_fn: object, weights: list[mx.array], x: mx.array) -> mx.array:
     for weight in weights:
-        x = twice(lambda parameters, x: mx.tanh(mx.tanh(x @ parameters["w"]) * 2))({"w": weight}, x)  # type: ignore[operator]
+        x = checkpoint_fn(lambda parameters, x: mx.tanh(mx.tanh(x @ parameters["w"]) * 2))({"w": weight}, x)  # type: ignore[operator]
     return x.sum()
 
 
-def gradient(twice: object, weights: list[mx.array], x: mx.array) -> list[mx.array]:
-    value, gradients = mx.value_and_grad(lambda weights: layers(twice, weights, x))(weights)
+def gradient(checkpoint_fn: object, weights: list[mx.array], x: mx.array) -> list[mx.array]:
+    value, gradients = mx.value_and_grad(lambda weights: layers(checkpoint_fn, weights, x))(weights)
     return [*gradients, value]
 
 
@@ -83,7 +83,7 @@ def test_marked_twice_gives_the_value_and_gradient_of_a_checkpoint() -> None:
     weights, x = some_weights(), mx.random.normal((8, WIDTH), key=mx.random.key(9))
     marks = iter([mx.array(1.0)] * 2 * LAYERS)
     for found, expected in zip(
-        gradient(marked_twice(marks), weights, x), gradient(mx.checkpoint, weights, x), strict=True
+        gradient(traceable_checkpoint(marks), weights, x), gradient(mx.checkpoint, weights, x), strict=True
     ):
         np.testing.assert_allclose(np.array(found), np.array(expected), rtol=1e-5)
 
@@ -95,7 +95,7 @@ def checkpointed_graph(rows: int) -> tuple[Graph, Graph]:
 
     def marked(*given: mx.array) -> list[mx.array]:
         *parameters, x = given[: LAYERS + 1]
-        return gradient(marked_twice(iter(given[LAYERS + 1 :])), parameters, x)
+        return gradient(traceable_checkpoint(iter(given[LAYERS + 1 :])), parameters, x)
 
     graph = trace(marked, [*weights, x, *marks])
     plain = trace(lambda *given: gradient(lambda function: function, list(given[:-1]), given[-1]), [*weights, x])

@@ -1,4 +1,4 @@
-"""Reference log-probs are computed once: kept by content, found by the next run, never taken for another model's."""
+"""RefLogps log-probs are computed once: kept by content, found by the next run, never taken for another model's."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from mlx_dpo.config import LoraConfig, ModelConfig
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import RunError
-from mlx_dpo.events import Phase, Warned
+from mlx_dpo.events import Progressed, Warned
 from mlx_dpo.logprobs.scorer import Scorer, plain_logps
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
-from mlx_dpo.reference.store import Reference, cache_folder, compute_reference, model_digest, reference_batch
+from mlx_dpo.reference.store import RefLogps, batch_ref_logps, cache_folder, compute_reference, model_digest
 from mlx_dpo.types import TokenLogps
 from support.tiny_models import tiny_model_folder
 
@@ -61,7 +61,7 @@ def some_rows(count: int = 10, answers: int = 2, seed: int = 0) -> list[Tokenize
     ]
 
 
-def assert_equal(a: Reference, b: Reference) -> None:
+def assert_equal(a: RefLogps, b: RefLogps) -> None:
     assert [[values.tolist() for values in row] for row in a] == [[values.tolist() for values in row] for row in b]
 
 
@@ -108,7 +108,7 @@ def test_a_batch_gets_its_rows_padded_with_zeros() -> None:
         TokenizedRow("", [5], ([6], [8]), (0, 0), (1.0, 2.0)),
     ]
     batch = make_batch([rows[1], rows[0]], [1, 0])
-    assert reference_batch(known, batch).tolist() == [[[-4, 0], [-4, 0]], [[-1, -2], [-3, 0]]]
+    assert batch_ref_logps(known, batch).tolist() == [[[-4, 0], [-4, 0]], [[-1, -2], [-3, 0]]]
 
 
 # what is not computed again
@@ -142,7 +142,7 @@ def test_an_interruption_loses_at_most_one_batch(loaded: LoadedModel) -> None:
 
 def test_only_the_rows_that_are_wanted_are_computed(loaded: LoadedModel) -> None:
     score = Counting(loaded)
-    found = compute_reference(score, some_rows(6), "digest", batch_size=2, places=[4, 1])
+    found = compute_reference(score, some_rows(6), "digest", batch_size=2, row_indices=[4, 1])
     assert score.rows == [1, 4]
     assert [len(row) for row in found] == [0, 2, 0, 0, 2, 0]
 
@@ -152,7 +152,7 @@ def test_progress_counts_the_rows_that_are_missing(loaded: LoadedModel) -> None:
     rows = some_rows(5)
     compute_reference(Scorer(loaded.model), rows[:1], "digest", batch_size=2)
     compute_reference(Scorer(loaded.model), rows, "digest", batch_size=2, on_event=said.append)
-    assert [(event.done, event.total) for event in said if isinstance(event, Phase)] == [(0, 4), (2, 4), (4, 4)]
+    assert [(event.done, event.total) for event in said if isinstance(event, Progressed)] == [(0, 4), (2, 4), (4, 4)]
 
 
 def test_another_function_has_another_store(loaded: LoadedModel) -> None:

@@ -15,8 +15,8 @@ from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
-from mlx_dpo.reference.store import reference_batch, score_batch
-from mlx_dpo.reference.tr_dpo import FollowingReference
+from mlx_dpo.reference.store import batch_ref_logps, score_batch
+from mlx_dpo.reference.tr_dpo import MovingReference
 from support.tiny_models import tiny_model_folder
 
 ROWS = [
@@ -53,10 +53,10 @@ def scorer(tmp_path: Path) -> tuple[Scorer, lora.Adapter]:
     return Scorer(loaded.model), adapter
 
 
-def base_reference(scorer: Scorer, adapter: lora.Adapter, alpha: float) -> FollowingReference:
+def base_reference(scorer: Scorer, adapter: lora.Adapter, alpha: float) -> MovingReference:
     with lora.switched_off(scorer.model):
         known = score_batch(scorer, make_batch(ROWS, range(2)))
-    return FollowingReference(scorer, ROWS, adapter, known, alpha, from_base=True)
+    return MovingReference(scorer, ROWS, adapter, known, alpha, from_base=True)
 
 
 def test_a_reference_that_takes_the_whole_policy_scores_as_the_policy_did(scorer: tuple[Scorer, lora.Adapter]) -> None:
@@ -65,11 +65,11 @@ def test_a_reference_that_takes_the_whole_policy_scores_as_the_policy_did(scorer
     batch = make_batch(ROWS, range(2))
     set_adapter(score.model, 1)
     then = logps(score)
-    assert np.abs(np.array(reference_batch(following, batch)) - then).max() > 0.1, "not moved yet"
+    assert np.abs(np.array(batch_ref_logps(following, batch)) - then).max() > 0.1, "not moved yet"
     following.follow()
     set_adapter(score.model, 2)
     now = lora.parameters(score.model)
-    np.testing.assert_allclose(np.array(reference_batch(following, batch)), then, atol=1e-5)
+    np.testing.assert_allclose(np.array(batch_ref_logps(following, batch)), then, atol=1e-5)
     assert all(mx.array_equal(value, now[name]) for name, value in lora.parameters(score.model).items())
 
 
@@ -82,7 +82,7 @@ def test_a_mixed_reference_is_the_mix_of_the_weights(scorer: tuple[Scorer, lora.
         set_adapter(score.model, seed)
         seen.append(deltas(score.model))
         following.follow()
-    found = np.array(reference_batch(following, make_batch(ROWS, range(2))))
+    found = np.array(batch_ref_logps(following, make_batch(ROWS, range(2))))
 
     modules = dict(score.model.named_modules())
     with lora.switched_off(score.model):

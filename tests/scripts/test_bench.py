@@ -20,7 +20,7 @@ from benchmarks.ratios import ratios  # noqa: E402
 from benchmarks.workloads import batches, workloads  # noqa: E402
 
 from mlx_dpo.errors import UsageError  # noqa: E402
-from mlx_dpo.logprobs.scorer import LEVERS  # noqa: E402
+from mlx_dpo.logprobs.scorer import OPTIMIZATIONS  # noqa: E402
 from mlx_dpo.planning.machine import Machine  # noqa: E402
 
 DEMO = ROOT / "mlx_dpo" / "demo" / "data"
@@ -81,32 +81,34 @@ def test_an_ideal_step_is_counted_by_hand() -> None:
 
 
 def test_first_steps_do_not_count() -> None:
-    found = rounds.summary([seen(9, 1, 2, reference=6, trunk=2), seen(9, 3, 4, reference=8, trunk=4)], warmup=1)
+    found = rounds.summary(
+        [seen(9, 1, 2, reference=6, frozen_blocks=2), seen(9, 3, 4, reference=8, frozen_blocks=4)], warmup=1
+    )
     assert found["step"] == {"wall": 2.5, "cpu": 5}
-    assert found["reference"] == {"wall": 7, "cpu": 14} and found["trunk"] == {"wall": 3, "cpu": 6}
+    assert found["reference"] == {"wall": 7, "cpu": 14} and found["frozen_blocks"] == {"wall": 3, "cpu": 6}
     assert rounds.summary([{"error": "gone"}, seen(9, 1, 1)], 1)["step"]["wall"] == 1
     assert rounds.summary([{"error": "gone"}], 1) == {"error": "gone"}
 
 
 def test_ratios_are_to_the_best_rival_and_a_missing_one_is_left_out() -> None:
     measured = {
-        "mlx_dpo": rounds.summary([seen(9, 1, 1, trunk=3, reference=2, memory=50)], 1),
+        "mlx_dpo": rounds.summary([seen(9, 1, 1, frozen_blocks=3, reference=2, memory=50)], 1),
         "soup": rounds.summary([seen(9, 4, 4, reference=10, memory=100)], 1),
         "mlx-lm-lora": rounds.summary([seen(9, 8, 8, memory=80)], 1),
         "mlx-lm-sft": rounds.summary([seen(9, 2, 2, memory=10)], 1),
         "trl": {"error": "no torch"},
     }
     found = ratios(measured, steps=3)
-    assert found["a step with its share of the trunk / best MLX peer"] == {
+    assert found["a step with its share of the frozen blocks / best MLX peer"] == {
         "wall": (1 + 3 / 3) / 4,
         "cpu": 0.5,
     }
     assert found["a step by the clock / best MLX peer"] == {"wall": 0.25, "cpu": 0.25}
-    assert found["a step with its share of the trunk / mlx-lm's SFT step"] == {
+    assert found["a step with its share of the frozen blocks / mlx-lm's SFT step"] == {
         "wall": 1,
         "cpu": 1,
     }
-    assert found["trunk and reference pass / best MLX peer's reference pass"] == {"wall": 0.5, "cpu": 0.5}
+    assert found["frozen blocks and reference pass / best MLX peer's reference pass"] == {"wall": 0.5, "cpu": 0.5}
     assert found["peak_mlx_mb / best MLX peer"] == {"memory": 50 / 80}
     assert not any("TRL" in name for name in found)
 
@@ -121,7 +123,7 @@ def test_a_length_that_may_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_lever_has_a_run_without_it() -> None:
     without = [name for name, contender in OURS.items() if len(contender.options["speed"]) == 1]
-    assert without == [f"mlx_dpo without {lever}" for lever in LEVERS]
+    assert without == [f"mlx_dpo without {optimization}" for optimization in OPTIMIZATIONS]
     for contender in (OURS | PEERS).values():
         assert (ROOT / "scripts" / "benchmarks" / "workers" / f"{contender.worker}.py").is_file()
 
@@ -141,7 +143,7 @@ def test_a_short_run_trains_and_fills_the_page(tiny_llama: Path, tmp_path: Path,
     assert "error" not in ours, ours
     assert len(ours["passes"][0]["steps"]) == 2
     assert ours["first_loss"] == pytest.approx(0.6931, abs=1e-4)
-    assert ours["warnings"] == [] and ours["reference"]["wall"] > 0 and ours["trunk"]["wall"] > 0
+    assert ours["warnings"] == [] and ours["reference"]["wall"] > 0 and ours["frozen_blocks"]["wall"] > 0
 
     limit = rounds.run_worker("limit", spec | {"options": {}}, sys.executable, tmp_path / "limit.log")["limit"]
     section = {"lengths": [(3, 2, 1)], "contenders": found, "ratios": ratios(found, 2), "limit": limit}

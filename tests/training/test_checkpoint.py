@@ -18,7 +18,7 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from mlx_dpo.run.folder import RunFolder
-from mlx_dpo.training.checkpoint import Progress, restore_checkpoint, save_checkpoint, write_adapter
+from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.training.optim import OPTIMIZERS, make_optimizer
 
 TOKENS = mx.array([[5, 9, 40, 41, 7, 100, 200, 3]])
@@ -50,8 +50,8 @@ def state(model: nn.Module, optimizer: optimizers.Optimizer) -> dict[str, mx.arr
 
 
 def save(run: RunFolder, model: nn.Module, adapter: lora.Adapter, optimizer: optimizers.Optimizer, step: int) -> Path:
-    progress = Progress(step=step, fingerprint=FINGERPRINT)
-    return save_checkpoint(run, model, adapter, optimizer, progress, base="base", keep=2)
+    state = TrainerState(step=step, fingerprint=FINGERPRINT)
+    return save_checkpoint(run, model, adapter, optimizer, state, base="base", keep=2)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_whoever_goes_on_ends_where_a_straight_run_does(name: str, tiny_llama: P
 
 def test_where_a_run_stands_comes_back_as_it_was(tiny_llama: Path, run: RunFolder) -> None:
     model, adapter, optimizer = fresh(tiny_llama)
-    progress = Progress(
+    state = TrainerState(
         step=7,
         epoch=2,
         position=3,
@@ -92,8 +92,8 @@ def test_where_a_run_stands_comes_back_as_it_was(tiny_llama: Path, run: RunFolde
         evaluations=[{"step": 0.0, "loss": 0.6931471805599453}],
         fingerprint=FINGERPRINT,
     )
-    folder = save_checkpoint(run, model, adapter, optimizer, progress, base="base", keep=2)
-    assert restore_checkpoint(folder, model, optimizer, FINGERPRINT) == progress
+    folder = save_checkpoint(run, model, adapter, optimizer, state, base="base", keep=2)
+    assert restore_checkpoint(folder, model, optimizer, FINGERPRINT) == state
 
 
 def test_a_checkpoint_is_an_adapter_that_mlx_lm_loads(tiny_llama: Path, run: RunFolder) -> None:
@@ -187,8 +187,8 @@ def test_an_adapter_of_other_layers_is_refused(tiny_llama: Path, run: RunFolder)
 def test_settings_of_a_newer_version_are_not_guessed_at(tiny_llama: Path, run: RunFolder) -> None:
     model, adapter, optimizer = fresh(tiny_llama)
     folder = save(run, model, adapter, optimizer, 1)
-    progress = json.loads((folder / "progress.json").read_text())
-    (folder / "progress.json").write_text(json.dumps(progress | {"moon_phase": 3}))
+    state = json.loads((folder / "progress.json").read_text())
+    (folder / "progress.json").write_text(json.dumps(state | {"moon_phase": 3}))
     with pytest.raises(RunError, match="moon_phase"):
         restore_checkpoint(folder, model, optimizer, FINGERPRINT)
 

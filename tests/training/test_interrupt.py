@@ -1,4 +1,4 @@
-"""The first Ctrl-C is a wish that is heard between steps, the second one acts at once."""
+"""The first Ctrl-C is a request that is heard between steps, the second one acts at once."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from mlx_dpo.training.interrupt import deferred_interrupt
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_nothing_is_broken_off(number: signal.Signals) -> None:
-    with deferred_interrupt() as wish:
-        assert not wish.stop
+    with deferred_interrupt() as request:
+        assert not request.stop
         signal.raise_signal(number)
-        assert wish.stop
+        assert request.stop
 
 
 def test_the_second_signal_acts_as_it_always_does() -> None:
-    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as wish:
+    with pytest.raises(KeyboardInterrupt), deferred_interrupt() as request:
         signal.raise_signal(signal.SIGINT)
-        assert wish.stop
+        assert request.stop
         signal.raise_signal(signal.SIGINT)
 
 
 def test_ctrl_c_after_a_polite_end_acts_at_once_too() -> None:
     """A supervisor's SIGTERM, then an impatient user's SIGINT: of each kind the first is noted, the second acts."""
-    with deferred_interrupt() as wish:
+    with deferred_interrupt() as request:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert wish.stop
+        assert request.stop
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -55,8 +55,8 @@ def test_in_another_thread_it_does_nothing_and_harms_nothing() -> None:
     found: list[bool] = []
 
     def work() -> None:
-        with deferred_interrupt() as wish:
-            found.append(wish.stop)
+        with deferred_interrupt() as request:
+            found.append(request.stop)
 
     thread = threading.Thread(target=work)
     thread.start()

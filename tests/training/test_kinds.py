@@ -11,7 +11,7 @@ import pytest
 from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import Started, Warned
-from mlx_dpo.training.checkpoint import Progress
+from mlx_dpo.training.checkpoint import TrainerState
 from mlx_dpo.training.loop import TrainResult, _warn_of_drift, train
 from support.tiny_models import tiny_model_folder
 
@@ -148,12 +148,12 @@ def test_a_reference_that_follows_draws_the_loss_back_up(tmp_path: Path) -> None
 
 
 def test_a_falling_chosen_log_prob_is_told_once_with_what_to_do() -> None:
-    progress = Progress()
+    state = TrainerState()
     said: list[Any] = []
-    _warn_of_drift(progress, {"logps/chosen": -105.0, "logps/chosen_drift": -5.0}, said.append)
+    _warn_of_drift(state, {"logps/chosen": -105.0, "logps/chosen_drift": -5.0}, said.append)
     assert said == []
     for _ in range(2):
-        _warn_of_drift(progress, {"logps/chosen": -130.0, "logps/chosen_drift": -30.0}, said.append)
+        _warn_of_drift(state, {"logps/chosen": -130.0, "logps/chosen_drift": -30.0}, said.append)
     assert len(said) == 1
     assert "-100.0 → -130.0" in said[0].text
     assert "sigmoid:1,sft:0.2" in said[0].text

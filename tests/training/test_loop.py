@@ -25,8 +25,8 @@ from mlx_dpo.config import (
 )
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import DataError, MlxDpoError, RunError
-from mlx_dpo.events import Evaluated, Event, Phase, Saved, Started, Stepped, Warned
-from mlx_dpo.logprobs.scorer import LEVERS
+from mlx_dpo.events import Evaluated, Event, Progressed, Saved, Started, Stepped, Warned
+from mlx_dpo.logprobs.scorer import OPTIMIZATIONS
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from mlx_dpo.training.loop import TrainResult, train
@@ -196,7 +196,7 @@ def test_checkpointed_gradients_are_the_same_gradients(settings: RunConfig, tmp_
 
 def test_the_speed_levers_change_no_result(settings: RunConfig, tmp_path: Path) -> None:
     train(settings)
-    off = SpeedConfig(**LEVERS)
+    off = SpeedConfig(**OPTIMIZATIONS)
     train(replace(change(settings, train={"output": str(tmp_path / "plain")}), speed=off))
     assert furthest(tmp_path / "run", tmp_path / "plain") < 1e-5
 
@@ -318,7 +318,7 @@ def test_the_best_adapter_is_kept_unless_the_last_is_asked_for(settings: RunConf
 def test_what_is_told_while_it_goes_on(settings: RunConfig) -> None:
     said: list[Event] = []
     train(change(settings, train={"save_every": 4}), on_event=said.append)
-    assert [type(event) for event in said if not isinstance(event, Phase)] == [
+    assert [type(event) for event in said if not isinstance(event, Progressed)] == [
         Started, Stepped, Stepped, Stepped, Stepped, Saved, Stepped, Stepped, Saved, Saved,
     ]  # fmt: skip
     assert [event.step for event in said if isinstance(event, Stepped)] == [1, 2, 3, 4, 5, 6]
@@ -454,7 +454,7 @@ def test_a_reference_pass_that_was_interrupted_goes_on_where_it_was(settings: Ru
     totals: list[int] = []
 
     def listen(event: Event) -> None:
-        if isinstance(event, Phase) and event.name == "reference log-probs":
+        if isinstance(event, Progressed) and event.name == "reference log-probs":
             totals.append(event.total)
             if event.done == 9 and event.total == 17:
                 raise KeyboardInterrupt
@@ -471,7 +471,7 @@ def test_the_next_run_computes_no_reference(settings: RunConfig, tmp_path: Path)
     train(settings)
     other = change(settings, loss={"beta": 0.5}, lora={"rank": 2}, train={"output": str(tmp_path / "other")})
     train(other, on_event=said.append)
-    (phase,) = [event for event in said if isinstance(event, Phase) and event.name == "reference log-probs"]
+    (phase,) = [event for event in said if isinstance(event, Progressed) and event.name == "reference log-probs"]
     assert phase.total == 0
 
 
@@ -479,7 +479,7 @@ def test_a_run_shorter_than_an_epoch_computes_only_what_it_comes_to(settings: Ru
     """Two steps of two batches of 3 rows, of 17."""
     said: list[Event] = []
     train(change(settings, train={"iters": 2, "grad_accumulation_steps": 2, "shuffle": False}), on_event=said.append)
-    totals = {event.name: event.total for event in said if isinstance(event, Phase) and event.unit == "rows"}
+    totals = {event.name: event.total for event in said if isinstance(event, Progressed) and event.unit == "rows"}
     assert totals == {"frozen blocks": 12, "reference log-probs": 12}
 
 

@@ -21,9 +21,9 @@ from mlx_dpo.config import (
     SpeedConfig,
     TrainConfig,
 )
-from mlx_dpo.events import Event, Phase, Started, Stepped, Warned
+from mlx_dpo.events import Event, Progressed, Started, Stepped, Warned
 
-STAGES = {"frozen blocks": "trunk", "reference log-probs": "reference"}
+STAGES = {"frozen blocks": "frozen_blocks", "reference log-probs": "reference"}
 """What comes before the first step, by the name that mlx_dpo's events have for it."""
 
 
@@ -66,7 +66,7 @@ def run(spec: dict[str, Any]) -> None:
     def listen(event: Event) -> None:
         if isinstance(event, Warned):
             warnings.append(event.text)
-        elif isinstance(event, Phase) and event.name in STAGES:
+        elif isinstance(event, Progressed) and event.name in STAGES:
             if event.done == 0:
                 under_way.enter_context(probe.stage(STAGES[event.name]))
             if event.done == event.total:

@@ -20,11 +20,11 @@ from benchmarks.workers.probe import Probe, read_spec, write_result
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.losses import compute_loss
 from mlx_dpo.models.trees import flat
-from mlx_dpo.reference.store import reference_batch
-from mlx_dpo.training.checkpoint import Progress
+from mlx_dpo.reference.store import batch_ref_logps
+from mlx_dpo.training.checkpoint import TrainerState
 from mlx_dpo.training.loop import make_step
 from mlx_dpo.training.optim import make_optimizer
-from mlx_dpo.training.setup import Stage, prepare
+from mlx_dpo.training.setup import PreparedRun, prepare
 
 T = TypeVar("T")
 
@@ -55,22 +55,22 @@ class Clock:
 def run(spec: dict[str, Any]) -> None:
     """Measures every batch's step as a whole and by part, and writes the medians.
 
-    The trunk is known before the first step, so these are steps as they are from the second epoch on.
+    What the frozen blocks give is known before the first step, so these are steps as they are from the second epoch on.
     """
-    stage = prepare(run_config(spec))
-    optimizer = make_optimizer(stage.config.optim)
-    optimizer.init(stage.loaded.model.trainable_parameters())
-    step, progress = make_step(stage, optimizer), Progress(fingerprint={})
+    prepared = prepare(run_config(spec))
+    optimizer = make_optimizer(prepared.config.optim)
+    optimizer.init(prepared.loaded.model.trainable_parameters())
+    step, state = make_step(prepared, optimizer), TrainerState(fingerprint={})
     size = spec["batch"]
-    batches = [list(range(i, i + size)) for i in range(0, len(stage.rows), size)]
+    batches = [list(range(i, i + size)) for i in range(0, len(prepared.rows), size)]
     probe, clock = Probe(), Clock()
     probe.start()
     for places in batches:
-        metrics = step([places], stage.config.optim.learning_rate, progress)
+        metrics = step([places], prepared.config.optim.learning_rate, state)
         probe.step(loss=metrics["loss"])
     operations: Counter[str] = Counter()
     for places in batches:
-        operations = _by_part(stage, optimizer, places, clock)
+        operations = _by_part(prepared, optimizer, places, clock)
     whole = statistics.median(taken["wall"] for taken in probe.steps[spec["warmup"] :])
     parts = clock.medians(spec["warmup"])
     described = parts.pop("graph, described in Python")  # part of the others already
@@ -84,21 +84,21 @@ def run(spec: dict[str, Any]) -> None:
     )
 
 
-def _by_part(stage: Stage, optimizer: optimizers.Optimizer, places: list[int], clock: Clock) -> Counter[str]:
+def _by_part(prepared: PreparedRun, optimizer: optimizers.Optimizer, places: list[int], clock: Clock) -> Counter[str]:
     """Notes the seconds of one batch's parts; the operations of its gradient, counted."""
-    model, known = stage.loaded.model, stage.reference
+    model, known = prepared.loaded.model, prepared.reference
     assert known is not None
     model.train()
     began = time.perf_counter()
-    batch = make_batch([stage.rows[i] for i in places], places)
-    base = reference_batch(known, batch)
+    batch = make_batch([prepared.rows[i] for i in places], places)
+    base = batch_ref_logps(known, batch)
     clock.note("batch and reference, on the host", time.perf_counter() - began)
-    forward, fetched = _forward(stage, batch, clock)
+    forward, fetched = _forward(prepared, batch, clock)
     mask, rank = mx.array(batch.mask), mx.array(batch.rank)
 
     def objective(model: nn.Module) -> mx.array:
-        policy = stage.scorer.score(batch, gradient=True).logps
-        return compute_loss(policy, base, mask, rank, None, stage.config.loss).loss
+        policy = prepared.scorer.score(batch, gradient=True).logps
+        return compute_loss(policy, base, mask, rank, None, prepared.config.loss).loss
 
     began = time.perf_counter()
     loss, gradient = nn.value_and_grad(model, objective)(model)
@@ -111,7 +111,7 @@ def _by_part(stage: Stage, optimizer: optimizers.Optimizer, places: list[int], c
     clock.note("backward", time.perf_counter() - began + ahead - (forward - fetched))
 
     def update() -> Any:
-        clipped, norm = optimizers.clip_grad_norm(gradient, stage.config.optim.max_grad_norm or math.inf)
+        clipped, norm = optimizers.clip_grad_norm(gradient, prepared.config.optim.max_grad_norm or math.inf)
         optimizer.update(model, clipped)
         return model.trainable_parameters(), optimizer.state, norm
 
@@ -119,9 +119,9 @@ def _by_part(stage: Stage, optimizer: optimizers.Optimizer, places: list[int], c
     return operations
 
 
-def _forward(stage: Stage, batch: Batch, clock: Clock) -> tuple[float, float]:
-    """Notes the parts of the forward pass; its seconds together, and those in which the trunk was fetched."""
-    scorer = stage.scorer
+def _forward(prepared: PreparedRun, batch: Batch, clock: Clock) -> tuple[float, float]:
+    """Notes the parts of the forward pass; its seconds together, and those in which the activation cache was read."""
+    scorer = prepared.scorer
     passes: list[float] = []
     fetched: list[float] = []
 
@@ -135,7 +135,7 @@ def _forward(stage: Stage, batch: Batch, clock: Clock) -> tuple[float, float]:
 
         return timed
 
-    replaced = [(scorer.parts, "hidden", passes), (scorer.trunk, "get", fetched)]
+    replaced = [(scorer.split, "hidden", passes), (scorer.activation_cache, "get", fetched)]
     for owner, name, into in replaced:
         if owner is not None:
             setattr(owner, name, listened(getattr(owner, name), into))
@@ -152,7 +152,7 @@ def _forward(stage: Stage, batch: Batch, clock: Clock) -> tuple[float, float]:
         clock.note("prompts, forward", sum(passes[:prompts]))
     clock.note("answers, forward" if prompts else "whole sequences, forward", sum(passes[prompts:]))
     if fetched:
-        clock.note("trunk, fetched", sum(fetched))
+        clock.note("activations, fetched", sum(fetched))
     clock.note("head, with its gradient", whole - sum(passes) - sum(fetched))
     return whole, sum(fetched)
 

@@ -12,42 +12,46 @@ from benchmarks.workers.ours import run_config
 from benchmarks.workers.probe import Probe, read_spec, write_result
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.logprobs.activation_cache import TrunkStore
+from mlx_dpo.logprobs.activation_cache import ActivationCache
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
-from mlx_dpo.training.checkpoint import Progress
+from mlx_dpo.training.checkpoint import TrainerState
 from mlx_dpo.training.loop import make_step
 from mlx_dpo.training.optim import make_optimizer
-from mlx_dpo.training.setup import Stage
+from mlx_dpo.training.setup import PreparedRun
 
 ROWS = 3
 """Different rows; the first one's step is the process's first and does not count."""
 
 
 def run(spec: dict[str, Any]) -> None:
-    """Reads the trunk of each row, takes a step on each with the reference as if known, writes what was seen."""
+    """Reads the activations of each row, takes a step on each with the reference as if known, writes what was seen."""
     options, probe = spec["options"], Probe()
     config = run_config(spec | {"batches": []})
     loaded = _tiny(options["vocabulary"], config.train.seed) if "vocabulary" in options else load(config.model)
     adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
     rows = _rows(options["prompt"], options["answer"], loaded.config["vocab_size"])
-    trunk = TrunkStore(rows, config.speed.trunk_memory_gb * 1e9, config.speed.trunk_disk_gb * 1e9)
-    scorer = Scorer(loaded.model, config.speed, checkpoint=config.train.grad_checkpoint, trunk=trunk)
+    activation_cache = ActivationCache(
+        rows, config.speed.activation_cache_memory_gb * 1e9, config.speed.activation_cache_disk_gb * 1e9
+    )
+    scorer = Scorer(
+        loaded.model, config.speed, checkpoint=config.train.grad_checkpoint, activation_cache=activation_cache
+    )
     reference = [[np.zeros(len(ids), np.float32) for ids in row.completions] for row in rows]
-    stage = Stage(config, loaded, adapter, scorer, rows, len(rows), reference, "pair", ROWS, 0.0)
-    optimizer, progress = make_optimizer(config.optim), Progress(fingerprint={})
+    prepared = PreparedRun(config, loaded, adapter, scorer, rows, len(rows), reference, "pair", ROWS, 0.0)
+    optimizer, state = make_optimizer(config.optim), TrainerState(fingerprint={})
     optimizer.init(loaded.model.trainable_parameters())
-    step = make_step(stage, optimizer)
+    step = make_step(prepared, optimizer)
     base = mx.get_active_memory()
     mx.reset_peak_memory()
-    if config.speed.trunk and scorer.first_adapted > 0:
+    if config.speed.activation_cache and scorer.first_adapted > 0:
         for place in range(ROWS):
-            with probe.stage("trunk" if place else "first trunk"):
+            with probe.prepared("frozen_blocks" if place else "first frozen_blocks"):
                 _read_trunk(scorer, make_batch([rows[place]], [place]))
     probe.start()
     for place in range(ROWS):
-        metrics = step([[place]], config.optim.learning_rate, progress)
+        metrics = step([[place]], config.optim.learning_rate, state)
         probe.step(loss=metrics["loss"])
     write_result(probe, peak_bytes=mx.get_peak_memory(), model_mb=base / 2**20)
 
