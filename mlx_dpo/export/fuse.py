@@ -27,11 +27,11 @@ from mlx_dpo.export.forms import (
     total_rounding_error,
 )
 from mlx_dpo.export.verify import Verified, verify_folder
+from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load, resolve
 from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
 from mlx_dpo.run.card import card_along
-from mlx_dpo.run.folder import written_whole
 
 WARN_ABOVE = 2.0
 """How large rounding's error may be beside the adapter's own change before a warning says so.

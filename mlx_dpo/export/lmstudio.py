@@ -10,9 +10,9 @@ from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.export.fuse import check_output
 from mlx_dpo.export.ollama import write_fused_gguf
+from mlx_dpo.files import written_whole
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
-from mlx_dpo.run.folder import written_whole
 
 MODELS = "~/.lmstudio/models"
 """LM Studio's folder of models, unless the user chose another one there."""

@@ -17,12 +17,12 @@ from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.export.fuse import check_output, load_stored
 from mlx_dpo.export.ollama_template import go_template, learn_shape
 from mlx_dpo.export.verify import verify_gguf
+from mlx_dpo.files import written_whole
 from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType, export_model_gguf
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import resolve
-from mlx_dpo.run.folder import written_whole
 from mlx_dpo.sampling.generate import end_tokens
 
 PARAMETERS = {

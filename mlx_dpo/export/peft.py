@@ -16,10 +16,10 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.export.fuse import check_output, load_stored
 from mlx_dpo.export.verify import Verified, has_peft, verify_folder, verify_peft
+from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
 from mlx_dpo.models.merge import adapted_layers, base_of, is_packed
 from mlx_dpo.run.card import card_along
-from mlx_dpo.run.folder import written_whole
 
 LAYER = re.compile(r"^(?P<before>.*\.layers)\.(?P<number>\d+)\.(?P<name>.+)$")
 

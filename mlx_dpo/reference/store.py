@@ -17,18 +17,13 @@ from mlx_dpo.data.batching import Batch, length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
+from mlx_dpo.files import cache_folder
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.lora import parameters
-from mlx_dpo.types import TokenLogps
 
 RefLogps = Sequence[list[np.ndarray]]
 """For each row, for each answer: log π_ref of every completion token, float32."""
-
-
-def cache_folder() -> Path:
-    """Where what can be computed again is kept: `MLX_DPO_CACHE`, or `~/.cache/mlx_dpo`."""
-    return Path(os.environ.get("MLX_DPO_CACHE") or "~/.cache/mlx_dpo").expanduser()
 
 
 def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
@@ -106,11 +101,6 @@ def batch_ref_logps(reference: RefLogps, batch: Batch) -> mx.array:
         for k, values in enumerate(reference[place]):
             padded[r, k, : len(values)] = values
     return mx.array(padded)
-
-
-def total_logps(out: TokenLogps) -> mx.array:
-    """log π(y|x), `[R, K]`: the sum over completion tokens."""
-    return out.logps.sum(-1)
 
 
 @contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 from mlx_dpo.config import RunConfig
 from mlx_dpo.errors import RunError, UsageError
 from mlx_dpo.events import OnEvent, Warned
-from mlx_dpo.run.folder import RunFolder, written_whole
+from mlx_dpo.files import written_whole
+from mlx_dpo.run.folder import RunFolder
 from mlx_dpo.settings import resolve
 
 RESULTS = {

@@ -1,20 +1,19 @@
-"""What lies where in a run folder, the lock on it, and writing that is never seen half done."""
+"""What lies where in a run folder, and the lock on it."""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from mlx_dpo.errors import RunError
+from mlx_dpo.files import PART, remove, written_whole
 
 LOCK = ".lock"
-PART = ".part"
 
 
 class RunFolder:
@@ -78,7 +77,7 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         if not _take(lock, path / LOCK):
             raise RunError(f"another process is training into {path}", "wait for it, or name another --output")
         for left in [*path.glob(f".*{PART}"), *(path / "checkpoints").glob(f".*{PART}")]:
-            _remove(left)  # what a killed process was writing
+            remove(left)  # what a killed process was writing
         try:
             yield RunFolder(path)
         finally:
@@ -88,29 +87,6 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
                     folder.rmdir()
 
 
-@contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
-    """A path to write a file or a folder to; it becomes `target` by a rename once the `with` ends well.
-
-    Where the name has no suffix a folder is made; where it has one the caller makes file or folder. On an error nothing
-    of it is left, and `target` is as it was.
-    """
-    beside = target.with_name(f".{target.name}.{os.getpid()}{PART}")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.suffix:
-        beside.mkdir()
-    try:
-        yield beside
-        for written in [beside, *beside.rglob("*")]:
-            _sync(written)
-        if target.is_dir():
-            _remove(target)  # a folder cannot be renamed over one that holds something
-        beside.replace(target)
-        _sync(target.parent)
-    finally:
-        _remove(beside)
-
-
 def _take(lock: IO[str], name: Path) -> bool:
     """Whether the lock was free and is ours now; not so if its last holder removed the file after we opened it."""
     try:
@@ -118,22 +94,6 @@ def _take(lock: IO[str], name: Path) -> bool:
         return os.path.samestat(os.fstat(lock.fileno()), name.stat())
     except OSError:
         return False
-
-
-def _sync(path: Path) -> None:
-    """Sees to it that a file or a folder's list of names is on the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _step(line: str) -> int:

@@ -16,10 +16,11 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.errors import RunError
+from mlx_dpo.files import written_whole
 from mlx_dpo.models.lora import Adapter, parameters, save
 from mlx_dpo.models.trees import flat, read_arrays
 from mlx_dpo.reference.tr_dpo import MovingReference
-from mlx_dpo.run.folder import RunFolder, written_whole
+from mlx_dpo.run.folder import RunFolder
 
 
 @dataclass

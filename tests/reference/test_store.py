@@ -17,10 +17,11 @@ from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import Progressed, Warned
+from mlx_dpo.files import cache_folder
 from mlx_dpo.logprobs.scorer import Scorer, plain_logps
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
-from mlx_dpo.reference.store import RefLogps, batch_ref_logps, cache_folder, compute_reference, model_digest
+from mlx_dpo.reference.store import RefLogps, batch_ref_logps, compute_reference, model_digest
 from mlx_dpo.types import TokenLogps
 from support.tiny_models import tiny_model_folder
 

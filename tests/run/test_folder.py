@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo.errors import RunError
-from mlx_dpo.run.folder import RunFolder, open_run, written_whole
+from mlx_dpo.files import written_whole
+from mlx_dpo.run.folder import RunFolder, open_run
 
 HOLD_THE_LOCK = """
 import sys
