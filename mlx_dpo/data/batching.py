@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -81,6 +82,41 @@ def length(row: TokenizedRow) -> int:
     return len(row.prompt) + max(map(len, row.completions))
 
 
+def own_length(row: TokenizedRow) -> int:
+    """The same without a mismatched answer, so that rows come in the same batches with it and before it was chosen."""
+    return len(row.prompt) + max(len(ids) for ids, rank in zip(row.completions, row.ranks, strict=True) if rank)
+
+
+def by_length(rows: Sequence[TokenizedRow], row_indices: Iterable[int]) -> list[int]:
+    """`row_indices` in an order in which neighbours pad little: by number of answers, then by length."""
+    return sorted(row_indices, key=lambda i: (len(rows[i].completions), length(rows[i])))
+
+
+def mismatched(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -> list[TokenizedRow]:
+    """Unpaired rows with another row's answer as their second one, from which KTO estimates its KL.
+
+    It is the answer of the row before in the same micro-batch, of the first row the last one's: TRL's KTOTrainer, and
+    turned the other way Ethayarajh et al. 2024 (arXiv 2402.01306, section 4). But where that is an answer to this very
+    prompt, as in pairs that became judged answers, it is no mismatch, and the estimate would follow what the row itself
+    is taught: then the nearest row before it is taken that has another answer, in the micro-batch, else in the data.
+    """
+    answers: dict[tuple[int, ...], list[list[int]]] = {}
+    for row in rows:
+        answers.setdefault(tuple(row.prompt), []).append(row.completions[0])
+    found = list(rows)
+    for batch in batches:
+        for position, i in enumerate(batch):
+            in_batch = (batch[position - step] for step in range(1, len(batch)))
+            in_data = ((i - step) % len(rows) for step in range(1, len(rows)))
+            candidates = (rows[j] for j in chain(in_batch, in_data))
+            own = answers[tuple(rows[i].prompt)]
+            other = next((row for row in candidates if row.completions[0] not in own), rows[i - 1])
+            found[i] = rows[i]._replace(
+                completions=rows[i].completions + other.completions, starts=rows[i].starts * 2, ranks=(1.0, 0.0)
+            )
+    return found
+
+
 def order_batches(
     rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, shuffle: bool
 ) -> list[list[int]]:
@@ -98,7 +134,7 @@ def order_batches(
     window = WINDOW * batch_size
     batches: list[list[int]] = []
     for start in range(0, len(places), window):
-        part = sorted(places[start : start + window], key=lambda i: (len(rows[i].completions), length(rows[i])))
+        part = sorted(places[start : start + window], key=lambda i: (len(rows[i].completions), own_length(rows[i])))
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     random.shuffle(batches)
     return batches

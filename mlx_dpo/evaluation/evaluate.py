@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
 from mlx_dpo.config import DataConfig, LossConfig, ModelConfig, SpeedConfig
-from mlx_dpo.data.batching import WINDOW
+from mlx_dpo.data.batching import WINDOW, mismatched, order_batches
 from mlx_dpo.data.load import load_records, load_splits
 from mlx_dpo.data.records import Record, kind_of
 from mlx_dpo.data.sources import read_splits
 from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records
-from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, evaluate_rows, replay, score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import accepted_kinds, needs_reference
+from mlx_dpo.losses import accepted_kinds, needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import LoadedModel, load
-from mlx_dpo.reference import store
+from mlx_dpo.models.load import LoadedModel, load, read_weights
+from mlx_dpo.reference.choose import (
+    is_other_model,
+    ref_logps_of_other,
+    ref_logps_of_policy,
+    reference_model,
+    started_from,
+)
 from mlx_dpo.reference.store import RefLogps
-from mlx_dpo.training.setup import kind_of as trained_on
-from mlx_dpo.training.setup import mismatched
 from mlx_dpo.types import Kind
 
 Split = Literal["auto", "train", "valid", "test"]
@@ -80,7 +81,7 @@ def evaluate(
     """
     loss = loss or LossConfig()
     setup = set_up(
-        model, data, loss, (trained_on(loss), *accepted_kinds(loss)), split=split,
+        model, data, loss, (row_kind(loss), *accepted_kinds(loss)), split=split,
         reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
     )  # fmt: skip
     found = evaluate_rows(
@@ -157,62 +158,35 @@ def set_up(
 
     Rows of another kind than `kinds` are converted to the first of those.
     """
-    other = _reference_model(model, reference_adapter or loss.reference) if needs_reference(loss) else None
+    wanted = reference_adapter or loss.reference
+    start = started_from(model.adapter) if wanted == "start" else None
+    reference = reference_model(wanted, model, start) if needs_reference(loss) else None
     kind, records = _records(data, kinds, split, on_event)
-    loaded = _load(other or model, on_event)
+    loaded = load(model, lazy=True)
     rows, report = encode_records(records, loaded.tokenizer, data)
     for text in report.warnings(data.max_length):
         on_event(Warned(text))
-    if kind == "unpaired":
-        rows = mismatched(rows)
-    if other is None:
-        return EvalSetup(_with_adapter(loaded, model.adapter, rows, on_event), rows, None, False, kind, report)
-    from_base = other == replace(model, adapter=None)
-    scorer = _with_adapter(loaded, model.adapter if from_base else other.adapter, rows, on_event)
-    digest = store.model_digest(loaded, with_adapter=not from_base)
-    with lora.switched_off(loaded.model) if from_base and model.adapter else nullcontext():
-        ref_logps = store.compute_reference(scorer, rows, digest, batch_size=batch_size, on_event=on_event)
-    if other == model:
-        return EvalSetup(replay(ref_logps), rows, ref_logps, True, kind, report)
-    if not from_base:
-        vocabulary = loaded.tokenizer.get_vocab()
-        loaded = _load(model, on_event)
-        if loaded.tokenizer.get_vocab() != vocabulary:
-            raise ModelError(
-                f"the reference {loss.reference} has another tokenizer than {model.path}: ids mean other tokens",
-                "a reference must read the same tokens, as another size or stage of the same model family does",
-            )
-        scorer = _with_adapter(loaded, model.adapter, rows, on_event)
-    return EvalSetup(scorer, rows, ref_logps, False, kind, report)
-
-
-def _reference_model(model: ModelConfig, wanted: str) -> ModelConfig:
-    """The model that `wanted` names: base, an adapter's folder, another model's folder or Hub name.
-
-    Raises:
-        UsageError: it is to be the starting adapter, which nobody named.
-    """
-    if wanted == "start":
-        raise UsageError(
-            "the reference is to be the starting adapter, but which one that was is not said",
-            "name its folder as the reference",
-        )
-    if wanted == "base":
-        return replace(model, adapter=None)
-    if (Path(wanted).expanduser() / "adapter_config.json").is_file():
-        return replace(model, adapter=wanted)
-    return replace(model, path=wanted, revision=None, adapter=None)
-
-
-def _load(model: ModelConfig, on_event: OnEvent) -> LoadedModel:
-    on_event(Progressed("loading the model", 0, 1, ""))
-    loaded = load(model)
-    on_event(Progressed("loading the model", 1, 1, ""))
-    return loaded
+    if kind == "unpaired" and reads_mismatched(loss):
+        rows = mismatched(rows, order_batches(rows, batch_size, seed=0, epoch=0, shuffle=False))
+    found = None
+    how = {"batch_size": batch_size, "on_event": on_event}
+    if reference is not None and is_other_model(
+        reference, model
+    ):  # before the policy's weights are read: one at a time
+        found = ref_logps_of_other(reference, model, loaded.tokenizer, rows, **how)
+    scorer = _with_adapter(loaded, model.adapter, rows, on_event)
+    if reference is not None and found is None:
+        found = ref_logps_of_policy(reference, loaded, scorer, rows, **how)
+    if found is not None and reference == model:
+        return EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
+    return EvalSetup(scorer, rows, found.logps if found else None, False, kind, report)
 
 
 def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent) -> Scorer:
-    """Puts `adapter` on the model and gives a scorer by the optimizations that hold for it."""
+    """Reads the weights, puts `adapter` on the model, and gives a scorer with the optimizations that hold for it."""
+    on_event(Progressed("loading the model", 0, 1, ""))
+    read_weights(loaded)
+    on_event(Progressed("loading the model", 1, 1, ""))
     if adapter:
         lora.load(loaded.model, adapter)
     speed = SpeedConfig(activation_cache=False)  # of use only from the second pass on

@@ -9,12 +9,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.data.batching import Batch, length, make_batch
+from mlx_dpo.data.batching import Batch, by_length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.events import OnEvent, Progressed, ignore
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import compute_loss
-from mlx_dpo.losses.metrics import Sums, averages, batch_metrics, ranked_accuracy, wilson_interval
+from mlx_dpo.losses import batch_loss
+from mlx_dpo.losses.metrics import Sums, averages, ranked_accuracy, wilson_interval
 from mlx_dpo.reference import store
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.types import Kind, TokenLogps
@@ -37,7 +37,7 @@ def score_rows(
 ) -> RefLogps:
     """Token log-probs of the rows at `row_indices` (of all without them), in that order; the model is in eval mode."""
     found: dict[int, list[np.ndarray]] = {}
-    for batch in by_length(rows, batch_size, row_indices):
+    for batch in batches_by_length(rows, batch_size, row_indices):
         found.update(zip(batch.index.tolist(), store.score_batch(cast(Scorer, score), batch), strict=True))
     return [found[i][: len(rows[i].completions)] for i in (range(len(rows)) if row_indices is None else row_indices)]
 
@@ -46,21 +46,14 @@ def describe_pair(
     row: TokenizedRow, policy: list[np.ndarray], ref_logps: list[np.ndarray] | None, beta: float
 ) -> dict[str, Any]:
     """A pair's line of `score`."""
-    whole = describe_answers(row, policy, ref_logps, beta)
-    chosen, rejected = whole["rewards"]
-    base = whole["ref_logps"] or (None, None)
-    return {
-        "id": row.id,
-        "chosen_logps": whole["logps"][0],
-        "rejected_logps": whole["logps"][1],
-        "ref_chosen_logps": base[0],
-        "ref_rejected_logps": base[1],
-        "chosen_tokens": whole["tokens"][0],
-        "rejected_tokens": whole["tokens"][1],
-        "chosen_reward": chosen,
-        "rejected_reward": rejected,
-        "margin": chosen - rejected,
-    }
+    found = describe_answers(row, policy, ref_logps, beta)
+    chosen, rejected = found["rewards"]
+    line: dict[str, Any] = {"id": row.id}
+    for name, key in (("logps", "logps"), ("logps", "ref_logps"), ("tokens", "tokens")):
+        values = found[key] or (None, None)
+        prefix = "ref_" if key == "ref_logps" else ""
+        line |= {f"{prefix}chosen_{name}": values[0], f"{prefix}rejected_{name}": values[1]}
+    return line | {"chosen_reward": chosen, "rejected_reward": rejected, "margin": chosen - rejected}
 
 
 def describe_answers(
@@ -69,13 +62,13 @@ def describe_answers(
     """A ranking's, an unpaired row's or a demonstration's line of `score`; KTO's mismatched answer is left out."""
     judged = [k for k, rank in enumerate(row.ranks) if rank > 0]
     logps = [float(policy[k].sum(dtype=np.float64)) for k in judged]
-    base = None if ref_logps is None else [float(ref_logps[k].sum(dtype=np.float64)) for k in judged]
+    reference = None if ref_logps is None else [float(ref_logps[k].sum(dtype=np.float64)) for k in judged]
     line: dict[str, Any] = {
         "id": row.id,
         "logps": logps,
-        "ref_logps": base,
+        "ref_logps": reference,
         "tokens": [len(row.completions[k]) - (not row.context(k)) for k in judged],
-        "rewards": [beta * (own - ref) for own, ref in zip(logps, base or [0.0] * len(logps), strict=True)],
+        "rewards": [beta * (own - ref) for own, ref in zip(logps, reference or [0.0] * len(logps), strict=True)],
     }
     if row.label:
         line["label"] = row.label > 0
@@ -84,15 +77,11 @@ def describe_answers(
     return line
 
 
-def by_length(
+def batches_by_length(
     rows: Sequence[TokenizedRow], batch_size: int, row_indices: Sequence[int] | None = None
 ) -> Iterator[Batch]:
-    """Batches of like length and number of answers, for passes in which order does not matter.
-
-    Of the rows at `row_indices` where they are given; a batch's `index` are row_indices in `rows`.
-    """
-    wanted = range(len(rows)) if row_indices is None else row_indices
-    order = sorted(wanted, key=lambda i: (len(rows[i].completions), length(rows[i])))
+    """Batches that pad little, of the rows at `row_indices` (of all without them), for passes in any order."""
+    order = by_length(rows, range(len(rows)) if row_indices is None else row_indices)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         yield make_batch([rows[i] for i in part], part)
@@ -107,11 +96,11 @@ def evaluate_rows(
     *,
     batch_size: int,
     row_indices: Sequence[int] | None = None,
-    stats: tuple[str, ...] = (),
     on_event: OnEvent = ignore,
 ) -> dict[str, float]:
-    """TRL's metrics over the rows at `row_indices` (all without them), as if they were one batch, for a policy in
-    evaluation mode.
+    """TRL's metrics over the rows at `row_indices` (of all without them), as if they were one batch.
+
+    The policy that `score` reads is in evaluation mode.
 
     Beside them `accuracy_low` and `accuracy_high`, the 95 % Wilson interval of rewards/accuracies over `comparisons`
     pairs, and of pairs and rankings how log-probs alone rank them. `ref_logps` are those of all rows, None for losses
@@ -119,16 +108,15 @@ def evaluate_rows(
     """
     parts: list[Sums] = []
     done, total = 0, len(rows if row_indices is None else row_indices)
-    for batch in by_length(rows, batch_size, row_indices):
+    for batch in batches_by_length(rows, batch_size, row_indices):
         on_event(Progressed("evaluation", done, total, "rows"))
-        policy = score(batch, stats, gradient=False)
-        base = store.batch_ref_logps(ref_logps, batch) if ref_logps is not None else None
-        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, kind)
-        output = compute_loss(policy, base, mask, rank, label, loss)
-        sums = batch_metrics(output, policy, base, mask, rank, label, kind)
+        policy = score(batch, gradient=False)
+        reference = None if ref_logps is None else store.batch_ref_logps(ref_logps, batch)
+        _, sums = batch_loss(policy, reference, batch, loss, kind)
         if kind in ("pair", "ranking"):
+            mask, rank = mx.array(batch.mask), mx.array(batch.rank)
             sums |= logp_accuracies("logps", policy.logps, mask, rank)
-            sums |= logp_accuracies("ref_logps", base, mask, rank) if base is not None else {}
+            sums |= logp_accuracies("ref_logps", reference, mask, rank) if reference is not None else {}
         mx.eval(sums)
         parts.append(sums)
         done += len(batch.index)
@@ -146,11 +134,6 @@ def logp_accuracies(name: str, logps: mx.array, mask: mx.array, rank: mx.array) 
         f"{name}/accuracies": ranked_accuracy(total, rank),
         f"{name}/accuracies_per_token": ranked_accuracy(total / mx.maximum(mask.sum(-1), 1), rank),
     }
-
-
-def labels(batch: Batch, kind: Kind) -> mx.array | None:
-    """The judgements of unpaired rows, `[R]` float; None for every other kind."""
-    return mx.array(batch.label.astype(np.float32)) if kind == "unpaired" else None
 
 
 def accuracy_interval(parts: Sequence[Sums]) -> dict[str, float]:

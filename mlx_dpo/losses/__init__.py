@@ -2,7 +2,16 @@
 them."""
 
 from mlx_dpo.losses.compute import compute_loss
-from mlx_dpo.losses.mix import accepted_kinds, check_loss_config, needs_reference, parse_mix, row_separable
+from mlx_dpo.losses.mix import (
+    accepted_kinds,
+    check_loss_config,
+    needs_reference,
+    parse_mix,
+    reads_mismatched,
+    row_kind,
+    row_separable,
+)
+from mlx_dpo.losses.objective import batch_loss, batch_weight
 from mlx_dpo.losses.table import LOSSES, LossSpec
 from mlx_dpo.types import Kind, LossOutput, TokenLogps
 
@@ -13,9 +22,13 @@ __all__ = [
     "LossSpec",
     "TokenLogps",
     "accepted_kinds",
+    "batch_loss",
+    "batch_weight",
     "check_loss_config",
     "compute_loss",
     "needs_reference",
     "parse_mix",
+    "reads_mismatched",
+    "row_kind",
     "row_separable",
 ]

@@ -29,13 +29,15 @@ def batch_metrics(
     rank: mx.array,
     label: mx.array | None,
     kind: Kind,
+    *,
+    weight: float | None = None,
 ) -> Sums:
     """The metrics of a micro-batch of R rows; takes what `compute_loss` takes, and its output. Fit for `mx.compile`.
 
     Chosen and rejected are, of a ranking, the answers of the best and of the worst rank; of unpaired rows, the good and
     the bad; of demonstrations, all are chosen.
 
-    - loss: mean over rows.
+    - loss: mean over micro-batches by their `weight`, which is the number of rows unless it is given.
     - rewards/chosen, rewards/rejected: mean implicit reward. rewards/margins is made of them by `averages`.
     - rewards/accuracies: share of the pairs of unequal rank whose better answer has the higher reward; a tie is wrong.
     - rewards/kendall_tau, of rankings: mean τ-b.
@@ -51,7 +53,8 @@ def batch_metrics(
     tokens = mask * answers[..., None]
     token_count = tokens.sum()
     rows = mx.array(float(rank.shape[0]))
-    sums = {"loss": Mean(mx.stop_gradient(output.loss) * rows, rows)}
+    count = rows if weight is None else mx.array(weight)
+    sums = {"loss": Mean(mx.stop_gradient(output.loss) * count, count)}
     sides = {"chosen": chosen} if kind == "demonstration" else {"chosen": chosen, "rejected": rejected}
     for side, share in sides.items():
         count = share.sum()

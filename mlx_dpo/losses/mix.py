@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import fields
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from mlx_dpo.config import LossConfig
 from mlx_dpo.errors import UsageError
@@ -65,9 +65,26 @@ def accepted_kinds(config: LossConfig) -> frozenset[Kind]:
     return frozenset.intersection(*(term.spec.accepts for term in parse_mix(config.type)))
 
 
+def mean_over(config: LossConfig) -> Literal["rows", "tokens", "batch"]:
+    """What the objective is a mean over (`LossSpec.mean_over`); a mix of means over different things is `batch`."""
+    kinds = {term.spec.mean_over for term in parse_mix(config.type)}
+    return kinds.pop() if len(kinds) == 1 else "batch"
+
+
 def row_separable(config: LossConfig) -> bool:
-    """Whether accumulated micro-batches of equal size give exactly the large batch's gradient."""
-    return all(term.spec.row_separable for term in parse_mix(config.type))
+    """Whether micro-batches, weighted by `batch_weight`, add up to exactly the large batch's gradient."""
+    return mean_over(config) != "batch"
+
+
+def reads_mismatched(config: LossConfig) -> bool:
+    """Whether the objective reads another row's answer under each row's prompt: KTO, for its estimate of the KL."""
+    return any(term.spec.reads_mismatched for term in parse_mix(config.type))
+
+
+def row_kind(config: LossConfig) -> Kind:
+    """The kind of rows that a loss is trained on: the one that loses nothing where it takes several."""
+    kinds = accepted_kinds(config)
+    return next(kind for kind in ("demonstration", "unpaired", "ranking", "pair") if kind in kinds)
 
 
 def check_loss_config(config: LossConfig) -> None:

@@ -32,6 +32,7 @@ class LossSpec:
     - `fn(view, config)` gives [R], or [] where the loss is one number for the micro-batch. `kind` is the view it takes.
     - `reference`: required; optional, when only differences between a row's answers count, so that a run may go without
       (`reference: none`); or unused.
+    - `reads_mismatched`: whether it reads another row's answer as each row's second one (`batching.mismatched`).
     - `mean_over`: rows, when the loss of a micro-batch is the mean over its rows; tokens, when it is the mean over its
       completion tokens; batch, when its rows depend on each other or both means occur, so that micro-batches do not add
       up to a large batch.
@@ -42,6 +43,7 @@ class LossSpec:
     fn: Callable[..., mx.array]
     kind: Kind = "pair"
     reference: Literal["required", "optional", "unused"] = "required"
+    reads_mismatched: bool = False
     mean_over: Literal["rows", "tokens", "batch"] = "rows"
     options: frozenset[str] = PAIR
     reward: Callable[[mx.array, mx.array, mx.array, LossConfig], mx.array] = implicit_reward
@@ -50,11 +52,6 @@ class LossSpec:
     def needs_reference(self) -> bool:
         """Whether the loss reads the reference's log-probs when there are any."""
         return self.reference != "unused"
-
-    @property
-    def row_separable(self) -> bool:
-        """Whether accumulated micro-batches of equal size give exactly the large batch's gradient."""
-        return self.mean_over == "rows"
 
     @property
     def accepts(self) -> frozenset[Kind]:
@@ -127,6 +124,6 @@ LOSSES: dict[str, LossSpec] = {
     "plackett_luce": LossSpec(
         fn=ranking.plackett_luce, kind="ranking", reference="optional", options=REFERENCE | {"beta"}
     ),
-    "kto": LossSpec(fn=unpaired.kto, kind="unpaired", mean_over="batch", options=KTO),
+    "kto": LossSpec(fn=unpaired.kto, kind="unpaired", reads_mismatched=True, mean_over="batch", options=KTO),
     "apo_zero_unpaired": LossSpec(fn=unpaired.apo_zero_unpaired, kind="unpaired", options=KTO),
 }

@@ -13,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.data.batching import Batch, length, make_batch
+from mlx_dpo.data.batching import Batch, by_length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
@@ -45,6 +45,11 @@ def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
     return whole.hexdigest()
 
 
+def store_file(digest: str) -> Path:
+    """Where log-probs of the function with this digest are kept."""
+    return cache_folder() / "reference" / f"{digest}.sqlite"
+
+
 def compute_reference(
     scorer: Scorer,
     rows: Sequence[TokenizedRow],
@@ -54,7 +59,7 @@ def compute_reference(
     row_indices: Sequence[int] | None = None,
     on_event: OnEvent = ignore,
 ) -> RefLogps:
-    """RefLogps log-probs of `rows`, from the store or else computed and stored, batch by batch.
+    """Reference log-probs of `rows`, from the store or else computed and stored, batch by batch.
 
     With `row_indices` only of those rows; the others stay empty.
 
@@ -65,11 +70,10 @@ def compute_reference(
     keys: list[list[bytes]] = [[] for _ in rows]
     for i in wanted:
         keys[i] = [_sequence_key(rows[i].context(k), ids) for k, ids in enumerate(rows[i].completions)]
-    file = cache_folder() / "reference" / f"{digest}.sqlite"
+    file = store_file(digest)
     known = _stored(file, {key for row in keys for key in row}, on_event)
     with _open_store(file) as store:
-        missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
-        missing.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
+        missing = by_length(rows, (i for i, row in enumerate(keys) if any(key not in known for key in row)))
         for start in range(0, len(missing), batch_size):
             on_event(Progressed("reference log-probs", start, len(missing), "rows"))
             part = missing[start : start + batch_size]
@@ -94,11 +98,11 @@ def score_batch(scorer: Scorer, batch: Batch) -> RefLogps:
     ]
 
 
-def batch_ref_logps(reference: RefLogps, batch: Batch) -> mx.array:
+def batch_ref_logps(ref_logps: RefLogps, batch: Batch) -> mx.array:
     """The rows of a batch, padded like it: `[R, K, C]` float32."""
     padded = np.zeros(batch.mask.shape, np.float32)
-    for r, place in enumerate(batch.index):
-        for k, values in enumerate(reference[place]):
+    for r, row in enumerate(batch.index):
+        for k, values in enumerate(ref_logps[row]):
             padded[r, k, : len(values)] = values
     return mx.array(padded)
 

@@ -27,7 +27,7 @@ NEGLIGIBLE = 1e-6
 
 
 class MovingReference(Sequence[list[np.ndarray]]):
-    """RefLogps log-probs by row, like a stored `RefLogps`; `follow` moves it to the policy.
+    """Reference log-probs by row, like a stored `RefLogps`; `follow` moves it to the policy.
 
     Rows are scored one at a time: what a row gets does not depend on the batch that asked, so a resumed run sees the
     same numbers.

@@ -16,27 +16,22 @@ from mlx.utils import tree_map
 from mlx_dpo.config import RunConfig
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.errors import RunError
-from mlx_dpo.evaluation.rows import evaluate_rows, labels
+from mlx_dpo.evaluation.rows import evaluate_rows
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
-from mlx_dpo.logprobs.buckets import padding_share
-from mlx_dpo.logprobs.scorer import optimizations_on, wanted_stats
-from mlx_dpo.losses import check_loss_config, compute_loss
-from mlx_dpo.losses.metrics import Sums, averages, batch_metrics
-from mlx_dpo.models.trees import flat
+from mlx_dpo.logprobs.scorer import wanted_stats
+from mlx_dpo.losses import batch_loss, batch_weight, check_loss_config
+from mlx_dpo.losses.metrics import Sums, averages
 from mlx_dpo.planning.machine import own_limits
-from mlx_dpo.planning.plan import in_gb
 from mlx_dpo.reference import store
 from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.run.card import write_card
 from mlx_dpo.run.folder import RunFolder, open_run
 from mlx_dpo.settings import check_config, to_yaml
+from mlx_dpo.training import report
 from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint, write_adapter
 from mlx_dpo.training.interrupt import deferred_interrupt
 from mlx_dpo.training.optim import learning_rate, make_optimizer
 from mlx_dpo.training.setup import PreparedRun, fingerprint, prepare
-
-FALL = 0.1
-"""Share of its size by which the chosen answers' log-prob may fall before the run warns."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +65,8 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
         optimizer.init(prepared.loaded.model.trainable_parameters())
         state = _where_to_begin(prepared, run, optimizer, resume=resume)
         take_step = make_step(prepared, optimizer)
-        _warn_of_reference(prepared, on_event)
-        on_event(Started(_facts(prepared), prepared.total_steps, state.step))
+        _warn(report.warn_of_reference(prepared), on_event)
+        on_event(Started(report.facts(prepared), prepared.total_steps, state.step))
         with deferred_interrupt() as request:
             if state.step == 0:
                 _evaluate(prepared, run, state, on_event)
@@ -106,30 +101,29 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
 def make_step(
     prepared: PreparedRun, optimizer: optimizers.Optimizer
 ) -> Callable[[list[list[int]], float, TrainerState], dict[str, float]]:
-    """What takes one optimizer step of a run: gradients weighted by rows, clipped, applied; gives the metrics.
+    """What takes one optimizer step: gradients weighted by `batch_weight`, clipped, applied; it gives the metrics.
 
-    It is called with the step's micro-batches (places in `prepared.rows`), the learning rate and the run's state.
+    It is called with the step's micro-batches (row indices), the learning rate and the run's state.
     """
-    config, model, following = prepared.config, prepared.loaded.model, _following(prepared)
+    config, model, moving = prepared.config, prepared.loaded.model, _moving(prepared)
     stats = wanted_stats(config)
 
-    def objective(model: nn.Module, batch: Batch, base: mx.array | None, weight: float) -> tuple[mx.array, Sums]:
+    def objective(model: nn.Module, batch: Batch, ref_logps: mx.array | None, share: float) -> tuple[mx.array, Sums]:
         policy = prepared.scorer(batch, stats, gradient=True)
-        mask, rank, label = mx.array(batch.mask), mx.array(batch.rank), labels(batch, prepared.kind)
-        output = compute_loss(policy, base, mask, rank, label, config.loss)
-        return output.loss * weight, batch_metrics(output, policy, base, mask, rank, label, prepared.kind)
+        loss, sums = batch_loss(policy, ref_logps, batch, config.loss, prepared.kind)
+        return loss * share, sums
 
     gradient_of = nn.value_and_grad(model, objective)
 
     def step(micro_batches: list[list[int]], rate: float, state: TrainerState) -> dict[str, float]:
         began = time.perf_counter()
         model.train()
-        total = sum(map(len, micro_batches))
+        batches = [make_batch([prepared.rows[i] for i in indices], indices) for indices in micro_batches]
+        total = sum(batch_weight(batch, config.loss) for batch in batches)
         gradients, parts = None, []
-        for places in micro_batches:
-            batch = make_batch([prepared.rows[i] for i in places], places)
-            base = store.batch_ref_logps(prepared.reference, batch) if prepared.reference is not None else None
-            (_, sums), fresh = gradient_of(model, batch, base, len(places) / total)
+        for batch in batches:
+            ref_logps = None if prepared.ref_logps is None else store.batch_ref_logps(prepared.ref_logps, batch)
+            (_, sums), fresh = gradient_of(model, batch, ref_logps, batch_weight(batch, config.loss) / total)
             gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
             mx.eval(gradients, sums)  # here: one micro-batch's activations are gone before the next one's
             parts.append(sums)
@@ -139,8 +133,8 @@ def make_step(
         optimizer.update(model, gradients)
         mx.eval(model.trainable_parameters(), optimizer.state)
         state.step += 1
-        if following is not None and state.step % (config.loss.ref_model_sync_steps or 1) == 0:
-            following.follow()
+        if moving is not None and state.step % (config.loss.ref_model_sync_steps or 1) == 0:
+            moving.follow()
         state.seconds += time.perf_counter() - began
         metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
@@ -167,7 +161,7 @@ def _report(
     prepared: PreparedRun, run: RunFolder, state: TrainerState, metrics: dict[str, float], on_event: OnEvent
 ) -> None:
     if state.step == 1:
-        _check_first_step(prepared, metrics, on_event)
+        _warn(report.warn_of_first_step(prepared, metrics), on_event)
     if state.step % prepared.config.train.steps_per_report == 0 or state.step == prepared.total_steps:
         batches = math.ceil(prepared.train_rows / prepared.config.train.batch_size)
         metrics |= {
@@ -180,35 +174,19 @@ def _report(
     on_event(Stepped(state.step, prepared.total_steps, metrics))
 
 
-def _check_first_step(prepared: PreparedRun, metrics: dict[str, float], on_event: OnEvent) -> None:
-    """Before the first update a fresh adapter is the base model, and DPO's loss is ln 2: a free check of everything."""
-    same = not prepared.config.model.adapter or (
-        prepared.config.loss.reference == "start" and not prepared.config.lora.dropout
-    )
-    drift = metrics.get("kl/token", 0.0)
-    if same and drift > 1e-3:
-        on_event(
-            Warned(
-                "before the first update policy and reference should be one function, but differ "
-                f"(KL {drift:.2g} a token, loss {metrics['loss']:.4f}): the model is not deterministic, or the "
-                "reference cache belongs to other weights"
-            )
-        )
-
-
 def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_event: OnEvent) -> None:
     """Scores the held-out rows, and keeps the adapter where it is the best so far (the lowest held-out loss)."""
     if not prepared.held_out:
         return
     prepared.loaded.model.eval()
     found = evaluate_rows(
-        prepared.scorer, prepared.rows, prepared.reference, prepared.config.loss, prepared.kind,
+        prepared.scorer, prepared.rows, prepared.ref_logps, prepared.config.loss, prepared.kind,
         batch_size=prepared.config.train.batch_size, row_indices=prepared.held_out, on_event=on_event,
     )  # fmt: skip
     if "logps/chosen" in found and prepared.kind in ("pair", "ranking"):
         start = state.evaluations[0]["logps/chosen"] if state.evaluations else found["logps/chosen"]
         found["logps/chosen_drift"] = found["logps/chosen"] - start
-        _warn_of_drift(state, found, on_event)
+        _warn(report.warn_of_drift(state, found), on_event)
     state.evaluations.append({"step": float(state.step)} | found)
     best = state.step > 0 and (state.best is None or found["loss"] < state.best["loss"])
     if best:
@@ -230,75 +208,19 @@ def _where_to_begin(
         state = TrainerState(fingerprint=settings)
     else:
         state = restore_checkpoint(checkpoints[-1], prepared.loaded.model, optimizer, settings)
-        if (following := _following(prepared)) is not None:
-            following.restore(checkpoints[-1])
+        if (moving := _moving(prepared)) is not None:
+            moving.restore(checkpoints[-1])
     run.keep_metrics_until(state.step if checkpoints else -1)
     return state
 
 
-def _following(prepared: PreparedRun) -> MovingReference | None:
-    return prepared.reference if isinstance(prepared.reference, MovingReference) else None
+def _moving(prepared: PreparedRun) -> MovingReference | None:
+    return prepared.ref_logps if isinstance(prepared.ref_logps, MovingReference) else None
 
 
-def _facts(prepared: PreparedRun) -> dict[str, str]:
-    """What people want to know before the first step."""
-    config = prepared.config
-    trained = sum(value.size for value in flat(prepared.loaded.model.trainable_parameters()).values())
-    adapter = prepared.adapter
-    return {
-        "model": f"{prepared.loaded.name} ({prepared.loaded.form})",
-        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, "
-        f"{trained / 1e6:.2f} M parameters",
-        "loss": f"{config.loss.type}, β {config.loss.beta:g}",
-        "reference": _reference_in_words(prepared),
-        "rows": f"{prepared.train_rows} to train on, {len(prepared.held_out)} held out",
-        "padding": f"{100 * _padding(prepared):.0f} % of the tokens that are read",
-        "speed": _speed_in_words(prepared),
-        "memory": _memory_in_words(prepared),
-        "steps": f"{prepared.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
-    }
-
-
-def _warn_of_reference(prepared: PreparedRun, on_event: OnEvent) -> None:
-    """DPO after SFT measures from the SFT model (Rafailov et al. 2023, sec. 4); from the base it pulls back to that."""
-    start = prepared.config.model.adapter
-    if start and prepared.reference is not None and prepared.config.loss.reference == "base":
-        on_event(
-            Warned(
-                f"the reference is the base model, and not {start}, from which training starts; after supervised "
-                "fine-tuning it should be the latter: --reference start"
-            )
-        )
-
-
-def _padding(prepared: PreparedRun) -> float:
-    """Share of the tokens that are read which is padding, in the first batches, from 0 to 1."""
-    batches = [make_batch([prepared.rows[i] for i in places], places) for places in prepared.batches(0)[:64]]
-    return padding_share(bucket for batch in batches for bucket in prepared.scorer.layout(batch).buckets)
-
-
-def _speed_in_words(prepared: PreparedRun) -> str:
-    taken = optimizations_on(prepared.scorer.speed)
-    on = [name.replace("_", " ") for name in taken if name != "activation_cache" or prepared.scorer.first_adapted > 0]
-    return f"{', '.join(on)}; off the plain path by {prepared.difference:.1g} nats" if on else "plain path"
-
-
-def _memory_in_words(prepared: PreparedRun) -> str:
-    plan, train = prepared.plan, prepared.config.train
-    checkpointing = ", activations computed twice" if train.grad_checkpoint else ""
-    return (f"{in_gb(plan.peak)} foreseen" if plan else "not foreseen") + checkpointing
-
-
-def _reference_in_words(prepared: PreparedRun) -> str:
-    if prepared.reference is None:
-        return "none"
-    start, loss = prepared.config.model.adapter, prepared.config.loss
-    moves = f", following the policy every {loss.ref_model_sync_steps} steps" if loss.ref_model_sync_steps else ""
-    if loss.reference not in ("base", "start"):
-        return loss.reference
-    if not start:
-        return "base model (adapter off), which a fresh adapter equals" + moves
-    return (f"the starting adapter {start}" if loss.reference == "start" else "base model (adapter off)") + moves
+def _warn(text: str | None, on_event: OnEvent) -> None:
+    if text:
+        on_event(Warned(text))
 
 
 def _save(
@@ -306,24 +228,9 @@ def _save(
 ) -> None:
     path = save_checkpoint(
         run, prepared.loaded.model, prepared.adapter, optimizer, state,
-        base=prepared.loaded.name, keep=prepared.config.train.keep_checkpoints, reference=_following(prepared),
+        base=prepared.loaded.name, keep=prepared.config.train.keep_checkpoints, reference=_moving(prepared),
     )  # fmt: skip
     on_event(Saved(state.step, path))
-
-
-def _warn_of_drift(state: TrainerState, found: dict[str, float], on_event: OnEvent) -> None:
-    """Says once, while it happens, that the chosen answers become less likely, and what people do about it."""
-    drift, start = found["logps/chosen_drift"], found["logps/chosen"] - found["logps/chosen_drift"]
-    if drift < -FALL * abs(start) and not state.warned_of_drift:
-        state.warned_of_drift = True
-        on_event(
-            Warned(
-                f"held-out chosen answers have become less likely: log-prob {start:.1f} → {found['logps/chosen']:.1f}. "
-                "The margin can grow while both fall: DPO sees their difference alone. If answers get worse or longer, "
-                "add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
-                "(--loss sigmoid_norm), or take smaller steps (a lower --learning-rate, a higher --beta)"
-            )
-        )
 
 
 def _write_final(prepared: PreparedRun, run: RunFolder, state: TrainerState) -> None:

@@ -1,4 +1,4 @@
-"""Everything before the first step: data, model, adapter, and the reference's log-probs."""
+"""Everything before the first step: rows, model, adapter, the memory it will take, and the reference's log-probs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,31 +13,32 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, RunConfig
-from mlx_dpo.data.batching import length, make_batch, order_batches
+from mlx_dpo.config import LoraConfig, ModelConfig, RunConfig
+from mlx_dpo.data.batching import by_length, make_batch, mismatched, order_batches
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.data.records import Record
 from mlx_dpo.data.tokenize import TokenizedRow, encode_records
-from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.activation_cache import ActivationCache
 from mlx_dpo.logprobs.check import check_optimizations
-from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer
-from mlx_dpo.losses import accepted_kinds, needs_reference
+from mlx_dpo.logprobs.scorer import Scorer
+from mlx_dpo.losses import needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, unload_blocks
 from mlx_dpo.planning.machine import Machine, limit_memory, this_machine
 from mlx_dpo.planning.plan import Plan, alternatives, fit, fit_to_machine, foresee, remedy, said
 from mlx_dpo.planning.timing import Timing, estimate
 from mlx_dpo.planning.traced_run import RunSpec
-from mlx_dpo.reference import store
+from mlx_dpo.reference import choose, store
+from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.types import Kind
 
 
 @dataclass
 class PreparedRun:
-    """All that the loop works with. `rows` are those to train on and behind them those held out; so is `reference`."""
+    """All that the loop works with. `rows` are those to train on and behind them those held out; so are `ref_logps`."""
 
     config: RunConfig
     loaded: LoadedModel
@@ -46,10 +46,11 @@ class PreparedRun:
     scorer: Scorer
     rows: list[TokenizedRow]
     train_rows: int
-    reference: store.RefLogps | MovingReference | None
+    ref_logps: RefLogps | MovingReference | None
+    ref_file: Path | None  # where they are kept
     kind: Kind
     total_steps: int
-    difference: float  # of a token's log-prob between the speed optimizations and the plain path, nats
+    difference: float  # of a token's log-prob between the optimizations and the plain path, nats
     plan: Plan | None = None  # of its memory
 
     _epoch: int = -1
@@ -57,18 +58,22 @@ class PreparedRun:
 
     @property
     def held_out(self) -> range:
-        """The row_indices of the held-out rows."""
+        """The indices of the held-out rows."""
         return range(self.train_rows, len(self.rows))
 
     def batches(self, epoch: int) -> list[list[int]]:
-        """The micro-batches of an epoch as row_indices in `rows`."""
+        """The micro-batches of an epoch as indices of `rows`."""
         if self._epoch != epoch:
             self._epoch, self._batches = epoch, epoch_batches(self.config, self.rows[: self.train_rows], epoch)
         return self._batches
 
 
 def prepare(config: RunConfig, on_event: OnEvent = ignore) -> PreparedRun:
-    """Everything before the first step: data, model, adapter, and the reference's log-probs.
+    """Everything before the first step.
+
+    In this order: what does not fit is refused before any weight is read; optimizations are checked before anything
+    relies on them; the frozen blocks come before the reference, which then starts from their output; and the random
+    numbers of training are seeded last, whatever came before.
 
     Raises:
         RunError: the run does not fit this machine.
@@ -78,27 +83,24 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> PreparedRun:
     on_event(Progressed("loading the model", 0, 1, ""))
     read_weights(loaded)
     on_event(Progressed("loading the model", 1, 1, ""))
-    config, everything = spec.config, spec.rows
-    rows = everything[: spec.train_rows]
-    steps = _total_steps(config, len(rows))
-    row_indices = [*_visited(config, rows, steps), *range(len(rows), len(everything))]
+    config, rows = spec.config, spec.rows
+    steps = _total_steps(config, spec.train_rows)
+    visited = [*_visited(config, rows[: spec.train_rows], steps), *range(spec.train_rows, len(rows))]
     checkpoint = config.train.grad_checkpoint
-    speed, difference = check_optimizations(
-        loaded.model, everything, config.speed, checkpoint=checkpoint, on_event=on_event
-    )
-    if speed != plan.speed:
+    speed, difference = check_optimizations(loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event)
+    if speed != plan.speed:  # the plan took the model's word for it
         _, plan = _fit_to_machine(replace(spec, config=replace(config, speed=speed)), on_event)
     budget = (speed.activation_cache_memory_gb * 1e9, speed.activation_cache_disk_gb * 1e9)
-    activation_cache = ActivationCache(everything, *budget, row_indices) if speed.activation_cache else None
-    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, activation_cache=activation_cache)
-    if _fill_activation_cache(scorer, config.train.batch_size, everything, row_indices, on_event):
+    cache = ActivationCache(rows, *budget, visited) if speed.activation_cache else None
+    scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, activation_cache=cache)
+    if _fill_activation_cache(scorer, config.train.batch_size, rows, visited, on_event):
         unload_blocks(loaded, config.model, scorer.first_adapted)
-    known = None
+    ref_logps, ref_file = None, None
     if needs_reference(config.loss):
-        known = _reference(config, loaded, scorer, adapter, everything, row_indices, on_event)
+        ref_logps, ref_file = _reference(config, loaded, scorer, adapter, rows, visited, on_event)
     mx.random.seed(config.train.seed)
     return PreparedRun(
-        config, loaded, adapter, scorer, everything, len(rows), known, spec.kind, steps, difference, plan
+        config, loaded, adapter, scorer, rows, spec.train_rows, ref_logps, ref_file, spec.kind, steps, difference, plan
     )
 
 
@@ -136,7 +138,7 @@ def begin(
     config: RunConfig, load_model: Callable[[ModelConfig], LoadedModel], on_event: OnEvent = ignore
 ) -> tuple[RunSpec, LoadedModel, lora.Adapter]:
     """Rows as tokens, and the model that `load_model` gives with its adapter on it."""
-    kind = kind_of(config.loss)
+    kind = row_kind(config.loss)
     splits = load_splits(
         config.data.path,
         valid_fraction=config.data.valid_fraction,
@@ -151,8 +153,10 @@ def begin(
         on_event(
             Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all")
         )
-    if kind == "unpaired":
-        rows, valid = mismatched(rows), mismatched(valid)
+    if reads_mismatched(config.loss):
+        rows = mismatched(rows, epoch_batches(config, rows, 0))
+        size = config.train.batch_size
+        valid = mismatched(valid, order_batches(valid, size, seed=0, epoch=0, shuffle=False))
 
     start = config.model.adapter
     if start:
@@ -206,9 +210,9 @@ def _total_steps(config: RunConfig, rows: int) -> int:
 
 
 def _visited(config: RunConfig, rows: list[TokenizedRow], steps: int) -> list[int]:
-    """The row_indices that the run comes to: all of them, unless it ends within the first epoch."""
+    """The rows that the run comes to: all of them, unless it ends within the first epoch."""
     batches = epoch_batches(config, rows, 0)[: steps * config.train.grad_accumulation_steps]
-    return sorted(place for batch in batches for place in batch)
+    return sorted(i for batch in batches for i in batch)
 
 
 def _fill_activation_cache(
@@ -216,50 +220,33 @@ def _fill_activation_cache(
 ) -> bool:
     """Computes what the frozen blocks give for the rows, before anything else and always in the same batches.
 
-    Afterwards those blocks are not needed any more: whether it could be so.
+    Gives whether all of it is kept, so that those blocks are not needed any more.
 
     Rounding depends on the batch in which a row is computed. Were rows kept as they happen to come by, a resumed run,
     which meets them in other batches, would differ from a straight one in the last bits.
     """
     if scorer.activation_cache is None or scorer.first_adapted == 0:
         return False
-    visited = len(row_indices)
-    row_indices = [i for i in row_indices if rows[i].shares_prompt]
-    row_indices.sort(key=lambda i: (len(rows[i].completions), length(rows[i])))
-    for start in range(0, len(row_indices), batch_size):
-        on_event(Progressed("frozen blocks", start, len(row_indices), "rows"))
-        part = row_indices[start : start + batch_size]
+    cached = by_length(rows, (i for i in row_indices if rows[i].shares_prompt))
+    for start in range(0, len(cached), batch_size):
+        on_event(Progressed("frozen blocks", start, len(cached), "rows"))
+        part = cached[start : start + batch_size]
         batch = make_batch([rows[i] for i in part], part)
         states = scorer.score(batch, gradient=False).states
         mx.eval(states)  # and not the log-probs: no block above is computed
         scorer.keep(batch, states)
         if scorer.activation_cache.no_room:
             break
-    on_event(Progressed("frozen blocks", len(row_indices), len(row_indices), "rows"))
+    on_event(Progressed("frozen blocks", len(cached), len(cached), "rows"))
     if scorer.activation_cache.no_room:
         size = scorer.activation_cache.nbytes / 1e9
         on_event(
             Warned(
-                f"what the frozen blocks give for {len(row_indices)} rows takes {size:.1f} GB, and is "
-                "computed in every step: speed.activation_cache_memory_gb and …_disk_gb have no room for it"
+                f"what the frozen blocks give for {len(cached)} rows takes {size:.1f} GB, and is computed in every "
+                "step: speed.activation_cache_memory_gb and speed.activation_cache_disk_gb have no room for it"
             )
         )
-    return not scorer.activation_cache.no_room and len(row_indices) == visited
-
-
-def kind_of(loss: LossConfig) -> Kind:
-    """The kind of rows that a loss is trained on: the one that loses nothing where it takes several."""
-    kinds = accepted_kinds(loss)
-    return next(kind for kind in ("demonstration", "unpaired", "ranking", "pair") if kind in kinds)
-
-
-def mismatched(rows: list[TokenizedRow]) -> list[TokenizedRow]:
-    """Unpaired rows with a second answer, the next row's: what KTO estimates its KL from (Ethayarajh et al. 2024)."""
-    following = rows[1:] + rows[:1]
-    return [
-        row._replace(completions=row.completions + other.completions, starts=row.starts * 2, ranks=(1.0, 0.0))
-        for row, other in zip(rows, following, strict=True)
-    ]
+    return not scorer.activation_cache.no_room and len(cached) == len(row_indices)
 
 
 def _reference(
@@ -270,42 +257,21 @@ def _reference(
     rows: list[TokenizedRow],
     row_indices: list[int],
     on_event: OnEvent,
-) -> store.RefLogps | MovingReference:
-    """log π_ref of every row, from the model that `loss.reference` names; a TR-DPO reference can move from there."""
-    wanted, size = config.loss.reference, config.train.batch_size
-    if wanted not in ("base", "start"):
-        other = _reference_model(config, loaded)
-        plain = Scorer(other.model, UNCHECKED)
-        digest = store.model_digest(other, with_adapter=True)
-        return store.compute_reference(plain, rows, digest, batch_size=size, row_indices=row_indices, on_event=on_event)
-    from_base = wanted == "base" or not config.model.adapter
-    digest = store.model_digest(loaded, with_adapter=not from_base)
-    with lora.switched_off(loaded.model) if from_base else nullcontext():
-        loaded.model.eval()
-        known = store.compute_reference(
-            scorer, rows, digest, batch_size=size, row_indices=row_indices, on_event=on_event
-        )
-    if config.loss.ref_model_sync_steps is None:
-        return known
-    alpha = config.loss.ref_model_mixup_alpha
-    return MovingReference(scorer, rows, adapter, known, alpha, from_base=from_base)
+) -> tuple[RefLogps | MovingReference, Path]:
+    """log π_ref of every row, from the model that `loss.reference` names, and where it is kept.
 
-
-def _reference_model(config: RunConfig, loaded: LoadedModel) -> LoadedModel:
-    """Another model, or the base with another adapter, by the folder or Hub name in `loss.reference`."""
-    wanted = config.loss.reference
-    if (Path(wanted).expanduser() / "adapter_config.json").is_file():
-        other = load(replace(config.model, adapter=None))
-        lora.load(other.model, wanted)
+    A TR-DPO reference begins there and moves later.
+    """
+    wanted = choose.reference_model(config.loss.reference, config.model, config.model.adapter)
+    how = {"batch_size": config.train.batch_size, "row_indices": row_indices, "on_event": on_event}
+    if choose.is_other_model(wanted, config.model):
+        logps, file = choose.ref_logps_of_other(wanted, config.model, loaded.tokenizer, rows, **how)
     else:
-        other = load(replace(config.model, path=wanted, revision=None, adapter=None))
-        if other.tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
-            raise ModelError(
-                f"--reference {wanted} has another tokenizer than {config.model.path}: ids mean other tokens",
-                "a reference must read the same tokens, as another size or prepared of the same model family does",
-            )
-    other.model.eval()
-    return other
+        logps, file = choose.ref_logps_of_policy(wanted, loaded, scorer, rows, **how)
+    if config.loss.ref_model_sync_steps is None:
+        return logps, file
+    alpha, from_base = config.loss.ref_model_mixup_alpha, wanted.adapter is None
+    return MovingReference(scorer, rows, adapter, logps, alpha, from_base=from_base), file
 
 
 def fingerprint(prepared: PreparedRun) -> dict[str, Any]:

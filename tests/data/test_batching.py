@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_dpo.data.batching import WINDOW, length, make_batch, order_batches
+from mlx_dpo.data.batching import WINDOW, length, make_batch, mismatched, order_batches
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.logprobs.buckets import NEVER, padding_share
-from mlx_dpo.logprobs.buckets import whole as whole_sequences
+from mlx_dpo.logprobs.buckets import ONE_BUCKET, padding_share, whole_sequences
 
 
 def row(prompt: int, *answers: int, starts: tuple[int, ...] = (), ranks: tuple[float, ...] = ()) -> TokenizedRow:
@@ -144,8 +143,40 @@ def test_batches_are_of_like_length_but_do_not_drift_from_short_to_long() -> Non
 
     def padding(cut: list[list[int]]) -> float:
         made = [make_batch([rows[i] for i in batch], batch) for batch in cut]
-        return padding_share(group for batch in made for group in whole_sequences(batch, NEVER).groups)
+        return padding_share(group for batch in made for group in whole_sequences(batch, ONE_BUCKET).buckets)
 
     assert padding(batches) < padding(in_file_order) / 5
     means = [np.mean([length(rows[i]) for i in batch]) for batch in batches]
     assert abs(np.corrcoef(range(len(means)), means)[0, 1]) < 0.25
+
+
+# mismatched answers, for KTO
+
+
+def judged(prompts: str) -> list[TokenizedRow]:
+    """A judged row for each letter, its prompt; answers are numbers of their own."""
+    return [TokenizedRow(str(i), [ord(p)], ([10 + i],), (0,), (1.0,), 1) for i, p in enumerate(prompts)]
+
+
+def test_a_mismatched_answer_is_that_of_the_row_before_in_its_micro_batch() -> None:
+    found = mismatched(judged("abcde"), [[0, 2, 4], [3, 1]])
+    assert [row.completions for row in found] == [([10], [14]), ([11], [13]), ([12], [10]), ([13], [11]), ([14], [12])]
+    assert [row.ranks for row in found] == [(1.0, 0.0)] * 5, "it is no answer to judge"
+    assert all(row.starts == (0, 0) for row in found)
+
+
+def test_a_mismatched_answer_never_answers_its_own_prompt() -> None:
+    found = mismatched(judged("aabb"), [[0, 1], [2, 3]])
+    assert [row.completions[1] for row in found] == [[13], [13], [11], [11]], "the nearest before it in the data"
+    inside = mismatched(judged("aabb"), [[0, 1, 2, 3]])
+    assert [row.completions[1] for row in inside] == [[13], [13], [11], [11]]
+
+
+def test_one_prompt_in_all_the_data_leaves_no_choice() -> None:
+    assert [row.completions[1] for row in mismatched(judged("aaa"), [[0, 1, 2]])] == [[12], [10], [11]]
+
+
+def test_the_batches_of_an_epoch_do_not_change_with_the_mismatched_answers() -> None:
+    rows = [row._replace(completions=([1] * (1 + i % 7),)) for i, row in enumerate(judged("abcdefgh" * 5))]
+    batches = order_batches(rows, 4, seed=1, epoch=0, shuffle=True)
+    assert order_batches(mismatched(rows, batches), 4, seed=1, epoch=0, shuffle=True) == batches

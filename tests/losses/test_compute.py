@@ -63,7 +63,7 @@ def test_a_row_separable_loss_is_the_mean_of_its_micro_batches_and_the_others_ar
         return compute_loss(logps, reference[rows], mask[rows], rank[rows], labels, config_of(name)).loss.item()
 
     together, apart = part(0, 4), (part(0, 2) + part(2, 4)) / 2
-    assert (together == pytest.approx(apart, rel=1e-6)) is LOSSES[name].row_separable
+    assert (together == pytest.approx(apart, rel=1e-6)) is (LOSSES[name].mean_over == "rows")
 
 
 def test_sft_micro_batches_add_up_when_weighted_by_their_tokens() -> None:

@@ -23,6 +23,7 @@ from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
 from mlx_dpo.reference.store import RefLogps, batch_ref_logps, compute_reference, model_digest
 from mlx_dpo.types import TokenLogps
+from support.adapters import write_adapter
 from support.tiny_models import tiny_model_folder
 
 
@@ -259,3 +260,12 @@ def test_the_starting_adapter_is_a_part_of_the_name_where_it_is_the_reference(ti
     model.model.load_weights([(name, value + mx.array(1e-3))], strict=False)
     second = model_digest(model, with_adapter=True)
     assert len({bare, first, second}) == 3
+
+
+def test_two_scales_of_one_adapter_are_two_functions(tiny_llama: Path, tmp_path: Path) -> None:
+    digests = set()
+    for scale in (1.0, 2.0):
+        model = load(ModelConfig(path=str(tiny_llama)))
+        lora.load(model.model, write_adapter(tiny_llama, tmp_path / str(scale), scale=scale))
+        digests.add(model_digest(model, with_adapter=True))
+    assert len(digests) == 2

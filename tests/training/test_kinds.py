@@ -11,8 +11,7 @@ import pytest
 from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import Started, Warned
-from mlx_dpo.training.checkpoint import TrainerState
-from mlx_dpo.training.loop import TrainResult, _warn_of_drift, train
+from mlx_dpo.training.loop import TrainResult, train
 from support.tiny_models import tiny_model_folder
 
 WORDS = ["short", "clear", "long", "many more words than the question needs", "I am fine", "thank you", "the answer"]
@@ -145,18 +144,6 @@ def test_a_reference_that_follows_draws_the_loss_back_up(tmp_path: Path) -> None
         "just moved: policy and reference are one again"
     )
     assert steps(still)[2]["loss"] < 0.69
-
-
-def test_a_falling_chosen_log_prob_is_told_once_with_what_to_do() -> None:
-    state = TrainerState()
-    said: list[Any] = []
-    _warn_of_drift(state, {"logps/chosen": -105.0, "logps/chosen_drift": -5.0}, said.append)
-    assert said == []
-    for _ in range(2):
-        _warn_of_drift(state, {"logps/chosen": -130.0, "logps/chosen_drift": -30.0}, said.append)
-    assert len(said) == 1
-    assert "-100.0 → -130.0" in said[0].text
-    assert "sigmoid:1,sft:0.2" in said[0].text
 
 
 def test_an_adapter_keeps_its_own_rank_and_a_wish_for_another_is_refused(tmp_path: Path) -> None:

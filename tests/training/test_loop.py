@@ -23,14 +23,13 @@ from mlx_dpo.config import (
     SpeedConfig,
     TrainConfig,
 )
-from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import DataError, MlxDpoError, RunError
 from mlx_dpo.events import Evaluated, Event, Progressed, Saved, Started, Stepped, Warned
+from mlx_dpo.files import cache_folder
 from mlx_dpo.logprobs.scorer import OPTIMIZATIONS
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from mlx_dpo.training.loop import TrainResult, train
-from mlx_dpo.training.setup import mismatched
 from support.tiny_models import tiny_model_folder
 
 WORDS = ("answer", "question", "short", "clear", "says", "many", "words", "prefer", "other", "same", "asks", "needs")
@@ -127,6 +126,22 @@ def test_a_reference_of_other_weights_is_noticed_at_the_first_step(
     train(change(settings, model={"path": str(other)}, train={"iters": 1}), on_event=said.append)
     (warning,) = [event.text for event in said if isinstance(event, Warned)]
     assert "should be one function, but differ" in warning
+    (stored,) = (cache_folder() / "reference").glob("*.sqlite")
+    assert f"remove {stored}" in warning
+
+
+def test_with_dropout_a_starting_adapter_as_reference_does_not_start_at_ln_2_and_it_is_said_why(
+    settings: RunConfig, tmp_path: Path
+) -> None:
+    train(change(settings, optim={"learning_rate": 3e-2}))
+    said: list[Event] = []
+    again = change(settings, model={"adapter": str(tmp_path / "run")}, loss={"reference": "start"})
+    train(
+        change(again, lora={"dropout": 0.5}, train={"iters": 1, "output": str(tmp_path / "dropped")}),
+        on_event=said.append,
+    )
+    (warning,) = [event.text for event in said if isinstance(event, Warned)]
+    assert "ln 2 = 0.6931" in warning and "lora.dropout 0.5" in warning
 
 
 # learning
@@ -178,14 +193,6 @@ def test_every_kind_of_row_trains(loss: str, rows: list[dict[str, Any]], setting
     train(change(settings, data={"path": str(data)}, loss={"type": loss}, train={"batch_size": 6, "iters": 12}))
     steps = metrics(tmp_path / "run")
     assert steps[-1]["loss"] < steps[0]["loss"]
-
-
-def test_a_row_judged_alone_gets_its_neighbours_answer_as_a_mismatch() -> None:
-    rows = [TokenizedRow(str(i), [i, i], ([10 + i],), (i % 2,), (1.0,), 1) for i in range(3)]
-    found = mismatched(rows)
-    assert [row.completions for row in found] == [([10], [11]), ([11], [12]), ([12], [10])]
-    assert [row.starts for row in found] == [(0, 0), (1, 1), (0, 0)], "after the prompt that the row has"
-    assert [row.ranks for row in found] == [(1.0, 0.0)] * 3
 
 
 def test_checkpointed_gradients_are_the_same_gradients(settings: RunConfig, tmp_path: Path) -> None:

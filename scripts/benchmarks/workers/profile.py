@@ -86,7 +86,7 @@ def run(spec: dict[str, Any]) -> None:
 
 def _by_part(prepared: PreparedRun, optimizer: optimizers.Optimizer, places: list[int], clock: Clock) -> Counter[str]:
     """Notes the seconds of one batch's parts; the operations of its gradient, counted."""
-    model, known = prepared.loaded.model, prepared.reference
+    model, known = prepared.loaded.model, prepared.ref_logps
     assert known is not None
     model.train()
     began = time.perf_counter()

@@ -1,0 +1,115 @@
+"""What a training run says to people: the facts before the first step, and its warnings."""
+
+from __future__ import annotations
+
+from math import log
+
+from mlx_dpo.data.batching import make_batch
+from mlx_dpo.logprobs.buckets import padding_share
+from mlx_dpo.logprobs.scorer import optimizations_on
+from mlx_dpo.models.trees import flat
+from mlx_dpo.planning.plan import in_gb
+from mlx_dpo.training.checkpoint import TrainerState
+from mlx_dpo.training.setup import PreparedRun
+
+SAME_FUNCTION = 1e-3
+"""KL per token, in nats, within which two ways to compute one model agree."""
+
+FALL = 0.1
+"""Share of its size by which the chosen answers' log-prob may fall before the run warns."""
+
+
+def facts(prepared: PreparedRun) -> dict[str, str]:
+    """What people want to know before the first step, by label."""
+    config, adapter = prepared.config, prepared.adapter
+    trained = sum(value.size for value in flat(prepared.loaded.model.trainable_parameters()).values())
+    return {
+        "model": f"{prepared.loaded.name} ({prepared.loaded.form})",
+        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, "
+        f"{trained / 1e6:.2f} M parameters",
+        "loss": f"{config.loss.type}, β {config.loss.beta:g}",
+        "reference": _reference(prepared),
+        "rows": f"{prepared.train_rows} to train on, {len(prepared.held_out)} held out",
+        "padding": f"{100 * _padding(prepared):.0f} % of the tokens that are read",
+        "optimizations": _optimizations(prepared),
+        "memory": _memory(prepared),
+        "steps": f"{prepared.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
+    }
+
+
+def warn_of_reference(prepared: PreparedRun) -> str | None:
+    """DPO after SFT measures from the SFT model (Rafailov et al. 2023, sec. 4); from the base it pulls back to that."""
+    start = prepared.config.model.adapter
+    if not start or prepared.ref_logps is None or prepared.config.loss.reference != "base":
+        return None
+    return (
+        f"the reference is the base model, and not {start}, from which training starts; after supervised "
+        "fine-tuning it should be the latter: --reference start"
+    )
+
+
+def warn_of_first_step(prepared: PreparedRun, metrics: dict[str, float]) -> str | None:
+    """Before the first update a fresh adapter is the base model, and DPO's loss is ln 2: a free check of everything.
+
+    Dropout breaks it where the adapter is no fresh one: the policy is read with it, the reference without.
+    """
+    config, kl = prepared.config, metrics.get("kl/token", 0.0)
+    same = not config.model.adapter or config.loss.reference == "start"
+    if not same or kl <= SAME_FUNCTION:
+        return None
+    if config.lora.dropout and config.model.adapter:
+        return (
+            f"the first loss is {metrics['loss']:.4f}, where policy and reference are one function (sigmoid: ln 2 = "
+            f"{log(2):.4f}): lora.dropout {config.lora.dropout:g} leaves out a part of the starting adapter in the "
+            "policy, and nothing in the reference"
+        )
+    return (
+        f"before the first update policy and reference should be one function, but differ (KL {kl:.2g} a token, loss "
+        f"{metrics['loss']:.4f}): the model is not deterministic, or the reference cache belongs to other weights; "
+        f"remove {prepared.ref_file} and start again"
+    )
+
+
+def warn_of_drift(state: TrainerState, found: dict[str, float]) -> str | None:
+    """Says once, while it happens, that the chosen answers become less likely, and what people do about it."""
+    drift, start = found["logps/chosen_drift"], found["logps/chosen"] - found["logps/chosen_drift"]
+    if drift >= -FALL * abs(start) or state.warned_of_drift:
+        return None
+    state.warned_of_drift = True
+    return (
+        f"held-out chosen answers have become less likely: log-prob {start:.1f} → {found['logps/chosen']:.1f}. "
+        "The margin can grow while both fall: DPO sees their difference alone. If answers get worse or longer, "
+        "add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
+        "(--loss sigmoid_norm), or take smaller steps (a lower --learning-rate, a higher --beta)"
+    )
+
+
+def _padding(prepared: PreparedRun) -> float:
+    """Share of the tokens that are read which is padding, in the first batches, from 0 to 1."""
+    batches = [make_batch([prepared.rows[i] for i in indices], indices) for indices in prepared.batches(0)[:64]]
+    return padding_share(bucket for batch in batches for bucket in prepared.scorer.layout(batch).buckets)
+
+
+def _optimizations(prepared: PreparedRun) -> str:
+    taken = optimizations_on(prepared.scorer.speed)
+    frozen = prepared.scorer.first_adapted > 0
+    on = [name.replace("_", " ") for name in taken if name != "activation_cache" or frozen]
+    return f"{', '.join(on)}; off the plain path by {prepared.difference:.1g} nats" if on else "none: the plain path"
+
+
+def _memory(prepared: PreparedRun) -> str:
+    plan, train = prepared.plan, prepared.config.train
+    checkpointing = ", activations computed twice" if train.grad_checkpoint else ""
+    return (f"{in_gb(plan.peak)} foreseen" if plan else "not foreseen") + checkpointing
+
+
+def _reference(prepared: PreparedRun) -> str:
+    if prepared.ref_logps is None:
+        return "none"
+    start, loss = prepared.config.model.adapter, prepared.config.loss
+    moves = f", following the policy every {loss.ref_model_sync_steps} steps" if loss.ref_model_sync_steps else ""
+    if loss.reference not in ("base", "start"):
+        return loss.reference
+    if not start:
+        return "base model (adapter off), which a fresh adapter equals" + moves
+    return (f"the starting adapter {start}" if loss.reference == "start" else "base model (adapter off)") + moves
