@@ -1,4 +1,4 @@
-"""What a run will need in memory, foreseen before anything of it is computed, and the settings with which it fits."""
+"""How much memory a run will need, told before anything of it is computed, and the settings with which it fits."""
 
 from __future__ import annotations
 
@@ -14,25 +14,22 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.losses import row_separable
 from mlx_dpo.models.lora import LEAVES
-from mlx_dpo.planning.batch_shape import BatchShape, batch_shape, part_of
+from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
-from mlx_dpo.planning.machine import PROCESS_BYTES, Machine
-from mlx_dpo.planning.peak_memory import RUN_AHEAD, Peak, RunAhead, peak_memory
-from mlx_dpo.planning.traced_run import Description, Phase, RunSpec, describe, held_bytes
-
-BEFORE_OPTIMIZER = ("loading", "check of the optimizations", "frozen blocks")
-"""Phases in which there is no optimizer yet."""
+from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
+from mlx_dpo.planning.peak_memory import RUN_AHEAD, RunAhead, peak_memory
+from mlx_dpo.planning.traced_run import Phase, RunSpec, TracedRun, trace_run, untraced_run
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will need, in bytes.
 
-    `peak`: of MLX's arrays at the highest moment, and `parts` what that is for; `phases`: the peak of each phase by
-    itself. `least`: the same where MLX waits for results rather than run ahead; with less the run cannot be. `limit`:
-    from where on MLX is to wait. `working`: the most that a phase takes beside what it holds. `beside`: what is kept in
-    memory outside MLX, the frozen blocks' output; `on_disk`: the same where it goes to a file. `largest`: the shape of
-    the largest micro-batch. `speed`: the optimizations that the model's code takes. `notes`: what is not counted.
+    `peak` is the most that MLX's arrays take at once, `parts` what for, and `phases` the peak of each phase of the run.
+    `least` is the peak if MLX waits for results instead of running ahead: a machine with less cannot do the run.
+    `limit` is the memory from which on MLX is to wait, `working` the most that a phase takes beside what is there all
+    through it. `cache_in_memory` (outside MLX) or `cache_on_disk` is the size of the activation cache. `largest` is the
+    micro-batch of most tokens, `speed` the optimizations that the model's code takes; `notes` say what is not counted.
     """
 
     peak: int
@@ -41,96 +38,77 @@ class Plan:
     least: int
     limit: int
     working: int
-    beside: int
-    on_disk: int
+    cache_in_memory: int
+    cache_on_disk: int
     largest: BatchShape | None
     speed: SpeedConfig
     notes: list[str]
 
     def fits(self, machine: Machine) -> bool:
-        """Whether the run can be on `machine`."""
-        return machine.fits(self.least, self.beside)
+        """Whether the run can be done on `machine`."""
+        return machine.fits(self.least, self.cache_in_memory)
 
 
-def foresee(spec: RunSpec, machine: Machine) -> tuple[Plan, Description | None]:
-    """What the run of `spec` will need on `machine`, and the graphs that say so.
+def foresee(spec: RunSpec, machine: Machine) -> Plan:
+    """What the run of `spec` will need on `machine`.
 
-    Where MLX cannot describe what the model does, the gradients of experts' adapters are left out, or else there are no
-    graphs and the plan counts what is held all the time alone; a note says so.
+    Where MLX cannot describe what the model does, the gradients of experts' adapters are left out, or else all
+    activations; a note says so.
     """
-    held = held_bytes(spec)
-    loading = held.weights + held.adapter
     notes: list[str] = []
     try:
-        found = _describe(spec, notes)
+        run = _trace_run(spec, notes)
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
-        least, speed = max(sum(held), loading), spec.config.speed
-        return Plan(
-            least,
-            held._asdict(),
-            {"loading": loading},
-            least,
-            machine.usable,
-            held.adapter + held.optimizer,
-            0,
-            0,
-            None,
-            speed,
-            notes,
-        ), None
+        run = untraced_run(spec)
 
     on_gpu = mx.default_device() == mx.gpu
     ahead = RUN_AHEAD["gpu" if on_gpu else "cpu"]
-    waiting = {name: phase.held + _peak(phase, ahead, 0).nbytes for name, phase in found.phases.items()}
-    least = max(*waiting.values(), loading)
+    least = max(sum(phase.parts.values()) + _working(phase, ahead, 0) for phase in run.phases.values())
     limit = machine.usable if on_gpu or notes else least  # on a CPU running ahead gains nothing
-    evaluated = {name: _peak(phase, ahead, limit) for name, phase in found.phases.items()}
-    phases = {name: found.phases[name].held + peak.nbytes for name, peak in evaluated.items()} | {"loading": loading}
+    working = {name: _working(phase, ahead, limit) for name, phase in run.phases.items()}
+    phases = {name: sum(phase.parts.values()) + working[name] for name, phase in run.phases.items()}
     highest = max(phases, key=lambda name: phases[name])
-    largest = batch_shape([spec.rows[i] for i in found.largest.index])
-    parts = held._asdict()
-    if highest in found.phases:
-        parts["weights"] -= found.phases[highest].unloaded
-    if highest in BEFORE_OPTIMIZER:
-        del parts["optimizer"]
-    for array in evaluated[highest].live if highest in evaluated else ():
-        part = part_of(array.shape, found.widths, found.vocabulary)
-        parts[part] = parts.get(part, 0) + array.nbytes
-    if rest := phases[highest] - sum(parts.values()):
-        parts["other"] = rest
-    kept = {
-        where: found.activation_cache.nbytes if found.activation_cache.where == where else 0
-        for where in ("memory", "disk")
-    }
-    beside, on_disk = kept.values()
-    working = max(peak.nbytes for peak in evaluated.values())
+    parts = run.phases[highest].parts | {"update" if highest == "the update" else "activations": working[highest]}
     return Plan(
-        phases[highest], parts, phases, least, limit, working, beside, on_disk, largest, found.speed, notes
-    ), found
+        peak=phases[highest],
+        parts={name: size for name, size in parts.items() if size},
+        phases=phases,
+        least=least,
+        limit=limit,
+        working=max(working.values()),
+        cache_in_memory=run.cached.nbytes if run.cached.where == "memory" else 0,
+        cache_on_disk=run.cached.nbytes if run.cached.where == "disk" else 0,
+        largest=run.largest,
+        speed=run.speed,
+        notes=notes,
+    )
 
 
-def _describe(spec: RunSpec, notes: list[str]) -> Description:
-    """The graphs, if it must be without the gradients of experts' adapters, which MLX 0.32 cannot describe."""
+def _working(phase: Phase, ahead: RunAhead, limit: float) -> int:
+    """The working memory of a phase where MLX waits for results beyond `limit` bytes in all."""
+    if isinstance(phase.working, int):
+        return phase.working
+    return peak_memory(phase.working, ahead, limit=limit - sum(phase.parts.values()))
+
+
+def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
+    """The traced run, if need be without the gradients of experts' adapters, which MLX 0.32 cannot describe."""
     experts = [m for _, m in spec.model.named_modules() if "lora_a" in m and m["lora_a"].ndim == 3]
     try:
-        return describe(spec)
+        return trace_run(spec)
     except Unknown:
         if not experts:
             raise
     for module in experts:
         module.freeze(keys=list(LEAVES), recurse=False)
     try:
-        found = describe(spec)
+        found = trace_run(spec)
     finally:
         for module in experts:
             module.unfreeze(keys=list(LEAVES), recurse=False, strict=False)
     notes.append("what the gradients of the experts' adapters take is not counted")
     return found
-
-
-def _peak(phase: Phase, ahead: RunAhead, limit: float) -> Peak:
-    return peak_memory(phase.graph, ahead, limit=limit - phase.held, consumed=phase.given_up)
 
 
 def alternatives(config: RunConfig) -> Iterator[RunConfig]:
@@ -175,7 +153,7 @@ def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) 
         settled = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
         spec = replace(chosen, config=replace(chosen.config, train=settled))
     else:
-        plan, _ = foresee(spec, machine)
+        plan = foresee(spec, machine)
         refuse(spec, plan, machine)
     for note in plan.notes:
         on_event(Warned(note))
@@ -187,12 +165,12 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
     for config in configs:
         changed = _changed(spec, config)
         with _adapted(changed):
-            plan, _ = foresee(changed, machine)
-            if not plan.fits(machine) and machine.fits(plan.least, 0):  # the frozen blocks' output goes to disk
+            plan = foresee(changed, machine)
+            if not plan.fits(machine) and machine.fits(plan.least, 0):  # then the activation cache goes to disk
                 room = max(machine.total - plan.least - PROCESS_BYTES, 0) // 1e8 / 10
                 config = replace(config, speed=replace(config.speed, activation_cache_memory_gb=room))
                 changed = replace(changed, config=config)
-                plan, _ = foresee(changed, machine)
+                plan = foresee(changed, machine)
         if plan.fits(machine):
             return changed, plan
     return None
@@ -207,9 +185,9 @@ def refuse(spec: RunSpec, plan: Plan, machine: Machine) -> None:
     if plan.fits(machine):
         return
     parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
-    beside = f" and {in_gb(plan.beside)} beside them" if plan.beside else ""
+    cache = f" and {in_gb(plan.cache_in_memory)} of cached activations" if plan.cache_in_memory else ""
     raise RunError(
-        f"this run does not fit: its arrays take {in_gb(plan.least)} at once ({parts}){beside}, and {machine.name} has "
+        f"this run does not fit: its arrays take {in_gb(plan.least)} at once ({parts}){cache}, and {machine.name} has "
         f"{in_gb(machine.usable)} for them",
         remedy(spec, machine),
     )
@@ -238,11 +216,6 @@ def said(config: RunConfig, before: RunConfig) -> str:
                 flag = f"--set speed.{name}={value}" if section == "speed" else f"--{name.replace('_', '-')}"
                 flags.append(flag if section == "speed" or value is True else f"{flag} {value}")
     return " ".join(flags)
-
-
-def in_gb(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def _changed(spec: RunSpec, config: RunConfig) -> RunSpec:

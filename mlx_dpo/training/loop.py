@@ -23,8 +23,7 @@ from mlx_dpo.logprobs.scorer import optimizations_on, wanted_stats
 from mlx_dpo.losses import check_loss_config, compute_loss
 from mlx_dpo.losses.metrics import Sums, averages, batch_metrics
 from mlx_dpo.models.trees import flat
-from mlx_dpo.planning.machine import own_limits
-from mlx_dpo.planning.plan import in_gb
+from mlx_dpo.planning.machine import in_gb, own_limits
 from mlx_dpo.reference import store
 from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.run.card import write_card
