@@ -74,8 +74,8 @@ def _show(found: Plan, machine: Machine) -> None:
     shape = found.largest
     tokens = f"{shape.rows} × ({shape.prompt} + {shape.answers} × {shape.completion}) tokens" if shape else ""
     lines: list[tuple[str, str, str]] = [(name, in_gb(nbytes), "") for name, nbytes in found.parts.items()]
-    lines.append(("memory", in_gb(found.peak), f"in {highest}"))
-    lines.append(("at least", in_gb(found.least), f"of {in_gb(machine.usable)} that {machine.name} has for arrays"))
+    room = f"in {highest}, of {in_gb(machine.usable)} that {machine.name} has for arrays"
+    lines.append(("memory", in_gb(found.peak), room))
     for size, where in ((found.cache_in_memory, "in memory, outside MLX"), (found.cache_on_disk, "on disk")):
         lines += [("activation cache", in_gb(size), where)] if size else []
     lines += [(f"in {name}", in_gb(nbytes), "") for name, nbytes in found.phases.items() if name != highest]

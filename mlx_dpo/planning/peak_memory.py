@@ -1,10 +1,13 @@
 """How much memory a graph takes while MLX evaluates it.
 
 MLX's evaluation is a plain thing to imitate: it puts the operations of a graph in an order that depends on the graph
-alone, allocates the output of each when it dispatches it, lets an operation write over an input that nobody else will read,
-and frees an input when the last operation that reads it has run. Dispatch runs ahead of the work, up to a limit; what
-is allocated ahead, and not yet freed behind, is a good part of the peak. (MLX 0.32: transforms.cpp,
+alone, allocates the output of each when it dispatches it, lets an operation write over an input that nobody else will
+read, and frees an input when the last operation that reads it has run. Some operations are always under way; what is
+allocated for them, and not yet freed behind them, is a good part of the peak. (MLX 0.32: transforms.cpp,
 backend/cpu/encoder.h, backend/metal/device.cpp.)
+
+Where there is memory below its limit (`mx.set_memory_limit`) MLX dispatches further ahead and takes more. What is told
+here is what it takes when it waits: less cannot do.
 """
 
 from __future__ import annotations
@@ -19,21 +22,20 @@ WIDTH = int(os.environ.get("MLX_BFS_MAX_WIDTH", 20))
 """Operations side by side that MLX orders breadth first before it goes down a level."""
 
 
-class RunAhead(NamedTuple):
-    """How far MLX dispatches before the work is done: `tasks` of `task` dispatches each.
+class InFlight(NamedTuple):
+    """How many dispatches MLX has under way when it waits: up to `most`.
 
-    Of those an operation that only looks at its input in another way makes `view`, any other one `work`.
+    An operation that only looks at its input in another way counts as `view`, any other one as `work`.
     """
 
-    tasks: int
-    task: int
+    most: int
     view: int
     work: int
 
 
-RUN_AHEAD = {"cpu": RunAhead(11, 10, 1, 2), "gpu": RunAhead(11, 40, 0, 1)}
-"""By kind of device. On a GPU a task is a command buffer; how many operations go into one depends on the chip (20 to
-50) and on their size."""
+IN_FLIGHT = {"cpu": InFlight(10, 1, 2), "gpu": InFlight(40, 0, 1)}
+"""By kind of device: one of its tasks. On a GPU that is a command buffer; how many operations go into one depends on
+the chip (20 to 50) and on their size."""
 
 _VIEWS = """AsStrided Broadcast BroadcastAxes Contiguous Copy Depends ExpandDims Slice Split Squeeze StopGradient
 Transpose View"""
@@ -88,11 +90,10 @@ def evaluation_order(graph: Graph) -> list[int]:
     return tape[:0:-1]
 
 
-def peak_memory(graph: Graph, ahead: RunAhead, *, limit: float = float("inf")) -> int:
-    """The most bytes allocated at once, beside the inputs, while MLX evaluates `graph`.
+def peak_memory(graph: Graph, in_flight: InFlight) -> int:
+    """The most bytes allocated at once, beside the inputs, while MLX evaluates `graph` and waits where it can.
 
-    Beyond `limit` bytes MLX waits for results rather than go on dispatching. The caller keeps the inputs, so they are
-    neither freed nor written over.
+    The caller keeps the inputs, so they are neither freed nor written over.
     """
     memory = _Memory(graph, order := evaluation_order(graph))
     under_way: deque[tuple[int, set[int]]] = deque()  # dispatches of an operation, and the buffers that it reads
@@ -100,9 +101,9 @@ def peak_memory(graph: Graph, ahead: RunAhead, *, limit: float = float("inf")) -
     for op in (graph.ops[place] for place in order):
         read = memory.dispatch(op)
         looks = op.name in VIEWS or op.name in RESHAPES
-        under_way.append((ahead.view if looks else ahead.work, read))
+        under_way.append((in_flight.view if looks else in_flight.work, read))
         dispatched += under_way[-1][0]
-        while dispatched >= ahead.tasks * ahead.task or (memory.allocated > limit and dispatched >= ahead.task):
+        while dispatched >= in_flight.most:
             count, done = under_way.popleft()
             dispatched -= count
             memory.finish(done)

@@ -17,7 +17,7 @@ from mlx_dpo.models.lora import LEAVES
 from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
 from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
-from mlx_dpo.planning.peak_memory import RUN_AHEAD, RunAhead, peak_memory
+from mlx_dpo.planning.peak_memory import IN_FLIGHT, InFlight, peak_memory
 from mlx_dpo.planning.traced_run import Phase, RunSpec, TracedRun, trace_run, untraced_run
 
 
@@ -26,16 +26,15 @@ class Plan:
     """What a run will need, in bytes.
 
     `peak` is the most that MLX's arrays take at once, `parts` what for, and `phases` the peak of each phase of the run.
-    `least` is the peak if MLX waits for results instead of running ahead: a machine with less cannot do the run.
-    `limit` is the memory from which on MLX is to wait, `working` the most that a phase takes beside what is there all
-    through it. `cache_in_memory` (outside MLX) or `cache_on_disk` is the size of the activation cache. `largest` is the
-    micro-batch of most tokens, `speed` the optimizations that the model's code takes; `notes` say what is not counted.
+    With more room than that MLX runs ahead and takes more: `limit` is the memory from which on it is to wait. `working`
+    is the most that a phase takes beside what is there all through it. `cache_in_memory` (outside MLX) or
+    `cache_on_disk` is the size of the activation cache, `largest` the micro-batch of most tokens, `speed` the
+    optimizations that the model's code takes; `notes` say what is not counted.
     """
 
     peak: int
     parts: dict[str, int]
     phases: dict[str, int]
-    least: int
     limit: int
     working: int
     cache_in_memory: int
@@ -46,7 +45,7 @@ class Plan:
 
     def fits(self, machine: Machine) -> bool:
         """Whether the run can be done on `machine`."""
-        return machine.fits(self.least, self.cache_in_memory)
+        return machine.fits(self.peak, self.cache_in_memory)
 
 
 def foresee(spec: RunSpec, machine: Machine) -> Plan:
@@ -63,10 +62,8 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
         run = untraced_run(spec)
 
     on_gpu = mx.default_device() == mx.gpu
-    ahead = RUN_AHEAD["gpu" if on_gpu else "cpu"]
-    least = max(sum(phase.parts.values()) + _working(phase, ahead, 0) for phase in run.phases.values())
-    limit = machine.usable if on_gpu or notes else least  # on a CPU running ahead gains nothing
-    working = {name: _working(phase, ahead, limit) for name, phase in run.phases.items()}
+    in_flight = IN_FLIGHT["gpu" if on_gpu else "cpu"]
+    working = {name: _working(phase, in_flight) for name, phase in run.phases.items()}
     phases = {name: sum(phase.parts.values()) + working[name] for name, phase in run.phases.items()}
     highest = max(phases, key=lambda name: phases[name])
     parts = run.phases[highest].parts | {"update" if highest == "the update" else "activations": working[highest]}
@@ -74,8 +71,7 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
         peak=phases[highest],
         parts={name: size for name, size in parts.items() if size},
         phases=phases,
-        least=least,
-        limit=limit,
+        limit=machine.usable if on_gpu or notes else phases[highest],  # on a CPU running ahead gains nothing
         working=max(working.values()),
         cache_in_memory=run.cached.nbytes if run.cached.where == "memory" else 0,
         cache_on_disk=run.cached.nbytes if run.cached.where == "disk" else 0,
@@ -85,11 +81,8 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
     )
 
 
-def _working(phase: Phase, ahead: RunAhead, limit: float) -> int:
-    """The working memory of a phase where MLX waits for results beyond `limit` bytes in all."""
-    if isinstance(phase.working, int):
-        return phase.working
-    return peak_memory(phase.working, ahead, limit=limit - sum(phase.parts.values()))
+def _working(phase: Phase, in_flight: InFlight) -> int:
+    return phase.working if isinstance(phase.working, int) else peak_memory(phase.working, in_flight)
 
 
 def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
@@ -166,8 +159,8 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
         changed = _changed(spec, config)
         with _adapted(changed):
             plan = foresee(changed, machine)
-            if not plan.fits(machine) and machine.fits(plan.least, 0):  # then the activation cache goes to disk
-                room = max(machine.total - plan.least - PROCESS_BYTES, 0) // 1e8 / 10
+            if not plan.fits(machine) and machine.fits(plan.peak, 0):  # then the activation cache goes to disk
+                room = max(machine.total - plan.peak - PROCESS_BYTES, 0) // 1e8 / 10
                 config = replace(config, speed=replace(config.speed, activation_cache_memory_gb=room))
                 changed = replace(changed, config=config)
                 plan = foresee(changed, machine)
@@ -187,7 +180,7 @@ def refuse(spec: RunSpec, plan: Plan, machine: Machine) -> None:
     parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
     cache = f" and {in_gb(plan.cache_in_memory)} of cached activations" if plan.cache_in_memory else ""
     raise RunError(
-        f"this run does not fit: its arrays take {in_gb(plan.least)} at once ({parts}){cache}, and {machine.name} has "
+        f"this run does not fit: its arrays take {in_gb(plan.peak)} at once ({parts}){cache}, and {machine.name} has "
         f"{in_gb(machine.usable)} for them",
         remedy(spec, machine),
     )
@@ -198,10 +191,10 @@ def remedy(spec: RunSpec, machine: Machine) -> str:
     config = spec.config
     if found := fit(spec, machine, [config, *alternatives(config)]):
         changed, plan = found
-        return f"{said(changed.config, config)} needs {in_gb(plan.least)} and computes the same; --auto chooses that"
+        return f"{said(changed.config, config)} needs {in_gb(plan.peak)} and computes the same; --auto chooses that"
     if found := fit(spec, machine, lesser(config)):
         changed, plan = found
-        return f"it takes less to train: {said(changed.config, config)} needs {in_gb(plan.least)}"
+        return f"it takes less to train: {said(changed.config, config)} needs {in_gb(plan.peak)}"
     return "take a smaller model, or one with fewer bits (--quantize-bits 4)"
 
 

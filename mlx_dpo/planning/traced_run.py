@@ -134,14 +134,14 @@ def trace_run(spec: RunSpec) -> TracedRun:
     longest = sorted(row_indices, key=lambda i: (len(rows[i].completions), length(rows[i])))[-config.train.batch_size :]
     scored = make_batch([rows[i] for i in longest], longest)
 
-    def parts(cached: CachedActivations, states: Sequence[mx.array], **more: int) -> dict[str, int]:
-        running = {"weights": weights - cached.unloaded, "adapter": adapter, "optimizer": optimizer}
-        return running | {"cached activations": nbytes(states)} | more
+    def parts(cached: CachedActivations) -> dict[str, int]:
+        return {"weights": weights - cached.unloaded, "adapter": adapter, "optimizer": optimizer}
 
     def step(speed: SpeedConfig, cached: CachedActivations, batch: Batch) -> Phase:
         states = _states(model, speed, cached, batch)
-        sums = {"gradients so far": adapter} if config.train.grad_accumulation_steps > 1 else {}
-        return Phase(parts(cached, states, **sums), _gradient(spec, speed, batch, states))
+        sums = adapter if config.train.grad_accumulation_steps > 1 else 0  # of the micro-batches before
+        more = {"cached activations": nbytes(states), "gradients so far": sums}
+        return Phase(parts(cached) | more, _gradient(spec, speed, batch, states))
 
     # the same fallbacks as in logprobs/check.py: a model's code may not take every optimization
     *others, plain = fallbacks(config.speed)
@@ -155,15 +155,16 @@ def trace_run(spec: RunSpec) -> TracedRun:
                 raise
     phases = untraced_run(spec, cached.unloaded).phases
     phases |= dict(zip(("a step", "a step with more attention"), steps, strict=False))
-    states = _states(model, speed, cached, scored)
-    phases["log-probs"] = Phase(parts(cached, states), _scoring(model, speed, scored, states))
+    # what is cached is not put in here: without it the pass takes a little more, and is that of the frozen blocks too
+    scoring = _scoring(model, speed, scored)
+    phases["log-probs"] = Phase(parts(cached), scoring)
     if config.loss.reference not in ("base", "start", "none"):  # another model, taken to be as large as this one
-        with_it = parts(cached, (), **{"reference model": weights})
-        phases["the reference"] = Phase(with_it, _scoring(model, UNCHECKED, scored, []))
-    # before the first step: no optimizer yet, and all weights
-    early = {"weights": weights, "adapter": adapter}
+        phases["the reference"] = Phase(
+            parts(cached) | {"reference model": weights}, _scoring(model, UNCHECKED, scored)
+        )
+    early = {"weights": weights, "adapter": adapter}  # before the first step: no optimizer yet, and all weights
     if cached.used:
-        phases["frozen blocks"] = Phase(early, _frozen_pass(model, speed, scored))
+        phases["frozen blocks"] = Phase(early, scoring)
     two = make_batch(two_short(rows), [0, 1])
     phases["check of the optimizations"] = Phase(early, _plain_gradient(model, two))
     return TracedRun(phases, batch_shape([rows[i] for i in heaviest[0].index]), speed, cached)
@@ -196,17 +197,17 @@ def nbytes(tree: Any) -> int:
 
 
 class _OneBatchCache(ActivationCache):
-    """An activation cache for tracing: it has `states` for any batch or, without them, lacks any batch's."""
+    """An activation cache for tracing, which has the `given` states of whatever batch it is asked for."""
 
-    def __init__(self, states: list[mx.array]) -> None:
+    def __init__(self, given: list[mx.array]) -> None:
         super().__init__([], 0, 0)
-        self._given = states
+        self._given = given
 
     def knows(self, batch: Batch) -> bool:
-        return bool(self._given)
+        return True
 
     def wants(self, batch: Batch) -> bool:
-        return not self._given
+        return False
 
     def get(self, batch: Batch, buckets: Sequence[Bucket]) -> list[mx.array]:
         return self._given
@@ -297,20 +298,9 @@ def _states(model: nn.Module, speed: SpeedConfig, cached: CachedActivations, bat
     return [mx.zeros((*shape, sample.shape[-1]), sample.dtype) for shape in shapes]
 
 
-def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch, states: list[mx.array]) -> Graph:
-    """Log-probs without a gradient, from the cached `states` where there are any."""
-
-    def score(*given: mx.array) -> list[mx.array]:
-        scorer = Scorer(model, speed, activation_cache=_OneBatchCache(list(given)) if given else None)
-        return [scorer(batch, gradient=False).logps]
-
-    return _trace_model(model, score, states)[0]
-
-
-def _frozen_pass(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
-    """What the frozen blocks give for a batch."""
-    scorer = Scorer(model, speed, activation_cache=_OneBatchCache([]))
-    return _trace_model(model, lambda: scorer.score(batch, gradient=False).states or [])[0]
+def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
+    """Log-probs without a gradient."""
+    return _trace_model(model, lambda: [Scorer(model, speed)(batch, gradient=False).logps])[0]
 
 
 def _plain_gradient(model: nn.Module, batch: Batch) -> Graph:
