@@ -76,11 +76,15 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         if record["type"] == "primitive"
     ]
     results = [number(found) for found in by_type["outputs"]["outputs"]]
-    return _each_its_own(Graph(ops, described, inputs, results))
+    return _unmerged(Graph(ops, described, inputs, results))
 
 
-def _each_its_own(graph: Graph) -> Graph:
-    """Zeros and ranges made for each reader: the export merges equal ones, which an evaluation does not."""
+def _unmerged(graph: Graph) -> Graph:
+    """The graph with zeros and ranges made anew for each reader.
+
+    The export merges equal ones, which an evaluation does not: one array would lie in memory from its first reader to
+    its last, where there are many short ones.
+    """
     made = {op.outputs[0]: op for op in graph.ops if op.name in ("Full", "Arange")}
     arrays, ops, taken = list(graph.arrays), [], set(graph.results)
     for op in graph.ops:
@@ -127,8 +131,8 @@ def as_checkpointed(graph: Graph, marks: Collection[int]) -> Graph:
     value. Without the waiting, two blocks would have their activations in memory where a checkpoint has one.
     """
     mark_of = {mark: mark for mark in marks}  # and of a mark cast or broadcast
-    products: dict[int, list[int]] = {mark: [] for mark in marks}  # what is multiplied by it, in the graph's order
-    results: dict[int, int] = {}  # of a call: how many
+    products: dict[int, list[int]] = {mark: [] for mark in marks}  # results of the call, and gradients, times its mark
+    results: set[int] = set()  # those of them that are results
     same: dict[int, int] = {}  # array: the one to read in its place
     for op in graph.ops:
         found = [mark_of[array] for array in op.inputs if array in mark_of]
@@ -138,9 +142,9 @@ def as_checkpointed(graph: Graph, marks: Collection[int]) -> Graph:
             mark_of[op.outputs[0]] = found[0]
         elif op.name == "Multiply":
             (same[op.outputs[0]],) = (array for array in op.inputs if array not in mark_of)
-            products[found[0]].append(same[op.outputs[0]])
+            products[found[0]].append(op.outputs[0])
         elif len(op.inputs) > len(op.outputs) + 1:  # Depends: the end of a call; one with the mark alone begins it
-            results[found[0]] = len(op.outputs)
+            results.update(op.inputs[: len(op.outputs)])
             same.update(zip(op.outputs, op.inputs[len(op.outputs) : -1], strict=True))
 
     def read(array: int) -> int:
@@ -152,7 +156,6 @@ def as_checkpointed(graph: Graph, marks: Collection[int]) -> Graph:
     for op in graph.ops:
         inputs = op.inputs
         if op.name == "Depends" and inputs[-1] in products:
-            mark = inputs[-1]
-            inputs = (*inputs[:-1], *products[mark][results[mark] :])  # the first ones are the results themselves
+            inputs = (*inputs[:-1], *(array for array in products[inputs[-1]] if array not in results))
         ops.append(op._replace(inputs=tuple(map(read, inputs))))
     return Graph(ops, graph.arrays, graph.inputs, list(map(read, graph.results)))

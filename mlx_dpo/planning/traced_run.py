@@ -54,14 +54,6 @@ class RunSpec:
     make_optimizer: Callable[[], Optimizer]
 
 
-class PersistentMemory(NamedTuple):
-    """What lies in memory from the first step to the last, in bytes."""
-
-    weights: int
-    adapter: int
-    optimizer: int
-
-
 class CachedActivations(NamedTuple):
     """The frozen blocks' output for all rows, in bytes, and `where` it goes: "memory", "disk" or "nowhere".
 
@@ -101,22 +93,19 @@ class TracedRun(NamedTuple):
     cached: CachedActivations
 
 
-def persistent_memory(spec: RunSpec) -> PersistentMemory:
-    """Weights, adapter and optimizer state, without computing any of them."""
+def persistent_memory(spec: RunSpec) -> dict[str, int]:
+    """Bytes of weights, adapter and optimizer state, which lie in memory from the first step to the last."""
     optimizer = spec.make_optimizer()
     optimizer.init(spec.model.trainable_parameters())
     adapter = nbytes(spec.model.trainable_parameters())
-    return PersistentMemory(nbytes(spec.model.parameters()) - adapter, adapter, nbytes(optimizer.state))
+    weights = nbytes(spec.model.parameters()) - adapter
+    return {"weights": weights, "adapter": adapter, "optimizer": nbytes(optimizer.state)}
 
 
-def untraced_run(spec: RunSpec, unloaded: int = 0) -> TracedRun:
-    """What can be said of a run without tracing its model: the phases that need no graph."""
-    weights, adapter, optimizer = persistent_memory(spec)
-    parts = {"weights": weights - unloaded, "adapter": adapter, "optimizer": optimizer}
-    phases = {
-        "loading": Phase({"weights": weights, "adapter": adapter}, 0),
-        "the update": Phase(parts, UPDATE * adapter),
-    }
+def untraced_run(spec: RunSpec) -> TracedRun:
+    """What can be said of a run whose model cannot be traced: the phases that need no graph."""
+    parts = persistent_memory(spec)
+    phases = {"the update": Phase(parts, UPDATE * parts["adapter"])}
     return TracedRun(phases, None, spec.config.speed, CachedActivations(0, "nowhere"))
 
 
@@ -127,21 +116,20 @@ def trace_run(spec: RunSpec) -> TracedRun:
         ValueError, RuntimeError: MLX cannot describe what the model does.
     """
     config, model, rows = spec.config, spec.model, spec.rows
-    weights, adapter, optimizer = persistent_memory(spec)
+    persistent = persistent_memory(spec)
+    weights, adapter = persistent["weights"], persistent["adapter"]
     batches = visited_batches(config, rows[: spec.train_rows])
     heaviest = [make_batch([rows[i] for i in row_indices], row_indices) for row_indices in _heaviest(rows, batches)]
     row_indices = sorted({i for batch in batches for i in batch} | set(range(spec.train_rows, len(rows))))
     longest = sorted(row_indices, key=lambda i: (len(rows[i].completions), length(rows[i])))[-config.train.batch_size :]
     scored = make_batch([rows[i] for i in longest], longest)
 
-    def parts(cached: CachedActivations) -> dict[str, int]:
-        return {"weights": weights - cached.unloaded, "adapter": adapter, "optimizer": optimizer}
-
     def step(speed: SpeedConfig, cached: CachedActivations, batch: Batch) -> Phase:
         states = _states(model, speed, cached, batch)
         sums = adapter if config.train.grad_accumulation_steps > 1 else 0  # of the micro-batches before
         more = {"cached activations": nbytes(states), "gradients so far": sums}
-        return Phase(parts(cached) | more, _gradient(spec, speed, batch, states))
+        parts = persistent | {"weights": weights - cached.unloaded} | more
+        return Phase(parts, _gradient(spec, speed, batch, states))
 
     # the same fallbacks as in logprobs/check.py: a model's code may not take every optimization
     *others, plain = fallbacks(config.speed)
@@ -153,15 +141,15 @@ def trace_run(spec: RunSpec) -> TracedRun:
         except Exception:  # of any kind, since it comes from the model's own code
             if speed is plain:
                 raise
-    phases = untraced_run(spec, cached.unloaded).phases
-    phases |= dict(zip(("a step", "a step with more attention"), steps, strict=False))
-    # what is cached is not put in here: without it the pass takes a little more, and is that of the frozen blocks too
+    phases = dict(zip(("a step", "a step with more attention"), steps, strict=False))
+    parts = persistent | {"weights": weights - cached.unloaded}
+    phases["the update"] = Phase(parts, UPDATE * adapter)
+    # with nothing cached: a little more than with it, and enough for the pass through the frozen blocks too
     scoring = _scoring(model, speed, scored)
-    phases["log-probs"] = Phase(parts(cached), scoring)
+    phases["log-probs"] = Phase(parts, scoring)
     if config.loss.reference not in ("base", "start", "none"):  # another model, taken to be as large as this one
-        phases["the reference"] = Phase(
-            parts(cached) | {"reference model": weights}, _scoring(model, UNCHECKED, scored)
-        )
+        plain_scoring = _scoring(model, UNCHECKED, scored)
+        phases["the reference"] = Phase(parts | {"reference model": weights}, plain_scoring)
     early = {"weights": weights, "adapter": adapter}  # before the first step: no optimizer yet, and all weights
     if cached.used:
         phases["frozen blocks"] = Phase(early, scoring)
