@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from mlx_dpo.cli.progress import RENDER, Screen, about, make_bars, time_left
-from mlx_dpo.events import Event, Evaluated, Started, Stepped
+from mlx_dpo.events import Evaluated, Event, Started, Stepped
 
 
 def screen(*, terminal: bool, clock: list[float] | None = None) -> Screen:

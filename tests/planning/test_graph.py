@@ -112,9 +112,7 @@ def test_with_checkpointing_each_layer_is_computed_twice() -> None:
 def test_with_checkpointing_less_is_remembered() -> None:
     """What MLX itself takes when it waits for each result: 27 arrays of a layer's size with, 37 without."""
     rows = 1000
-    checkpointed, plain = (
-        peak_memory(graph, AT_ONCE) / (rows * WIDTH * 4) for graph in checkpointed_graph(rows)
-    )
+    checkpointed, plain = (peak_memory(graph, AT_ONCE) / (rows * WIDTH * 4) for graph in checkpointed_graph(rows))
     assert checkpointed == pytest.approx(27, abs=2)
     assert plain == pytest.approx(37, abs=2)
 

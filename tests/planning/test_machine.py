@@ -59,4 +59,9 @@ def test_what_mlx_was_told_for_a_run_is_forgotten_after_it() -> None:
 
 
 def test_bytes_for_people() -> None:
-    assert [in_gb(size) for size in (0, 34_400_000, 999_000_000, 1_249_000_000)] == ["0 MB", "34 MB", "999 MB", "1.2 GB"]
+    assert [in_gb(size) for size in (0, 34_400_000, 999_000_000, 1_249_000_000)] == [
+        "0 MB",
+        "34 MB",
+        "999 MB",
+        "1.2 GB",
+    ]

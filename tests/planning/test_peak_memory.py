@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import pytest
 
-from mlx_dpo.planning.graph import Graph, trace
+from mlx_dpo.planning.graph import trace
 from mlx_dpo.planning.peak_memory import IN_FLIGHT, InFlight, evaluation_order, peak_memory
 
 AT_ONCE = InFlight(most=1, view=0, work=1)
