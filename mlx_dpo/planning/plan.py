@@ -17,8 +17,8 @@ from mlx_dpo.models.lora import LEAVES
 from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
 from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
-from mlx_dpo.planning.peak_memory import IN_FLIGHT, InFlight, peak_memory
-from mlx_dpo.planning.traced_run import Phase, RunSpec, TracedRun, trace_run, untraced_run
+from mlx_dpo.planning.peak_memory import IN_FLIGHT, peak_memory
+from mlx_dpo.planning.traced_run import RunSpec, TracedRun, trace_run, untraced_run
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,10 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
 
     on_gpu = mx.default_device() == mx.gpu
     in_flight = IN_FLIGHT["gpu" if on_gpu else "cpu"]
-    working = {name: _working(phase, in_flight) for name, phase in run.phases.items()}
+    working = {
+        name: phase.working if isinstance(phase.working, int) else peak_memory(phase.working, in_flight)
+        for name, phase in run.phases.items()
+    }
     phases = {name: sum(phase.parts.values()) + working[name] for name, phase in run.phases.items()}
     highest = max(phases, key=lambda name: phases[name])
     parts = run.phases[highest].parts | {"update" if highest == "the update" else "activations": working[highest]}
@@ -79,10 +82,6 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
         speed=run.speed,
         notes=notes,
     )
-
-
-def _working(phase: Phase, in_flight: InFlight) -> int:
-    return phase.working if isinstance(phase.working, int) else peak_memory(phase.working, in_flight)
 
 
 def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
@@ -134,23 +133,33 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
             yield replace(least, data=replace(least.data, max_length=length))
 
 
-def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) -> tuple[RunSpec, Plan]:
-    """The run as it is to be on `machine`: as asked or, with `train.auto`, with the same mathematics in less memory.
-
-    Raises:
-        RunError: it does not fit.
-    """
+def choose(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
+    """The run as asked or, with `train.auto`, with the same mathematics in so little memory that it fits."""
     config = spec.config
     if config.train.auto and (found := fit(spec, machine, [config, *alternatives(config)])):
-        chosen, plan = found
-        settled = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
-        spec = replace(chosen, config=replace(chosen.config, train=settled))
-    else:
-        plan = foresee(spec, machine)
-        refuse(spec, plan, machine)
+        return found
+    return spec, foresee(spec, machine)
+
+
+def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) -> tuple[RunSpec, Plan]:
+    """What `choose` gives, where it fits `machine`.
+
+    Raises:
+        RunError: it does not fit; the remedy says what would.
+    """
+    chosen, plan = choose(spec, machine)
+    if not plan.fits(machine):
+        parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
+        cache = f" and {in_gb(plan.cache_in_memory)} of cached activations" if plan.cache_in_memory else ""
+        raise RunError(
+            f"this run does not fit: its arrays take {in_gb(plan.peak)} at once ({parts}){cache}, and {machine.name} "
+            f"has {in_gb(machine.usable)} for them",
+            remedy(spec, machine),
+        )
     for note in plan.notes:
         on_event(Warned(note))
-    return spec, plan
+    train = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
+    return replace(chosen, config=replace(chosen.config, train=train)), plan
 
 
 def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[RunSpec, Plan] | None:
@@ -167,23 +176,6 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
         if plan.fits(machine):
             return changed, plan
     return None
-
-
-def refuse(spec: RunSpec, plan: Plan, machine: Machine) -> None:
-    """Says no to a run that does not fit, with what would.
-
-    Raises:
-        RunError: it does not fit.
-    """
-    if plan.fits(machine):
-        return
-    parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
-    cache = f" and {in_gb(plan.cache_in_memory)} of cached activations" if plan.cache_in_memory else ""
-    raise RunError(
-        f"this run does not fit: its arrays take {in_gb(plan.peak)} at once ({parts}){cache}, and {machine.name} has "
-        f"{in_gb(machine.usable)} for them",
-        remedy(spec, machine),
-    )
 
 
 def remedy(spec: RunSpec, machine: Machine) -> str:
@@ -217,8 +209,8 @@ def _changed(spec: RunSpec, config: RunConfig) -> RunSpec:
     if length == spec.config.data.max_length:
         return replace(spec, config=config)
     cut = [truncate(row, length, "keep_start") for row in spec.rows]
-    kept = [[row for row in part if row] for part in (cut[: spec.train_rows], cut[spec.train_rows :])]
-    return replace(spec, config=config, rows=[*kept[0], *kept[1]], train_rows=len(kept[0]))
+    train, valid = ([row for row in part if row] for part in (cut[: spec.train_rows], cut[spec.train_rows :]))
+    return replace(spec, config=config, rows=[*train, *valid], train_rows=len(train))
 
 
 @contextmanager
