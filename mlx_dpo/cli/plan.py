@@ -1,4 +1,4 @@
-"""`mlx-dpo plan`: what a run will need, before it is begun."""
+"""`mlx-dpo plan`: how much memory a run will need, before it is begun."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from mlx_dpo.settings import resolve
 if TYPE_CHECKING:
     from mlx_dpo.planning.machine import Machine
     from mlx_dpo.planning.plan import Plan
-    from mlx_dpo.planning.timing import Timing
 
 Memory = Annotated[
     str | None, typer.Option("--memory", metavar="SIZE", help="Of another machine, a Mac with so much, e.g. 16GB.")
@@ -25,7 +24,7 @@ Memory = Annotated[
 
 @with_settings("model", "data", "lora", "loss", "optim", "train")
 def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
-    """Foresee the memory and the time of a run.
+    """Foresee the memory that a run will need.
 
     \b
     [bold]Examples[/bold]
@@ -46,13 +45,14 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
 
     machine = apple_machine(memory) if memory else this_machine()
     with show_progress(quiet=True) as on_event:
-        found, timing, change = plan_run(config, machine, on_event=on_event)
+        found, change = plan_run(config, machine, on_event=on_event)
     fits = found.fits(machine)
     if as_json:
-        said = {"machine": machine._asdict(), "fits": fits, "change": change}
-        print(json.dumps(said | asdict(found) | {"timing": asdict(timing) if timing else None}, ensure_ascii=False))
+        said = {"machine": machine._asdict(), "fits": fits, "change": change} | asdict(found)
+        said["largest"] = found.largest._asdict() if found.largest else None
+        print(json.dumps(said, ensure_ascii=False))
     else:
-        _show(found, timing, machine)
+        _show(found, machine)
         off = [name for name in optimizations_on(config.speed) if name not in optimizations_on(found.speed)]
         without = [f"without speed.{name}, which this model's code does not take" for name in off]
         for note in (*found.notes, *without):
@@ -65,25 +65,21 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
         raise typer.Exit(1)
 
 
-def _show(found: Plan, timing: Timing | None, machine: Machine) -> None:
+def _show(found: Plan, machine: Machine) -> None:
     from rich.table import Table
 
-    from mlx_dpo.planning.plan import in_gb
+    from mlx_dpo.planning.machine import in_gb
 
     highest = max(found.phases, key=lambda name: found.phases[name])
-    size = found.largest
-    tokens = f"{size.rows} × ({size.prompt} + {size.answers} × {size.completion}) tokens" if size else ""
+    shape = found.largest
+    tokens = f"{shape.rows} × ({shape.prompt} + {shape.answers} × {shape.completion}) tokens" if shape else ""
     lines: list[tuple[str, str, str]] = [(name, in_gb(nbytes), "") for name, nbytes in found.parts.items()]
-    lines.append(("memory", in_gb(found.peak), f"in {highest}"))
-    lines.append(("at least", in_gb(found.least), f"of {in_gb(machine.usable)} that {machine.name} has for arrays"))
-    lines += [("frozen blocks", in_gb(found.beside), "kept beside, in memory")] if found.beside else []
-    lines += [("frozen blocks", in_gb(found.on_disk), "kept on disk")] if found.on_disk else []
+    room = f"in {highest}, of {in_gb(machine.usable)} that {machine.name} has for arrays"
+    lines.append(("memory", in_gb(found.peak), room))
+    for size, where in ((found.cache_in_memory, "in memory, outside MLX"), (found.cache_on_disk, "on disk")):
+        lines += [("activation cache", in_gb(size), where)] if size else []
     lines += [(f"in {name}", in_gb(nbytes), "") for name, nbytes in found.phases.items() if name != highest]
     lines += [("largest micro-batch", tokens, "")] if tokens else []
-    if timing:
-        parts = ", ".join(f"{name} {seconds:.2f}" for name, seconds in timing.parts.items())
-        lines.append(("a micro-batch", f"{sum(timing.parts.values()):.2f} s", f"here; {parts}"))
-        lines += [(name, _duration(seconds), "here") for name, seconds in timing.phases.items()]
     table = Table.grid(padding=(0, 2))
     table.add_column()
     table.add_column(justify="right")
@@ -91,9 +87,3 @@ def _show(found: Plan, timing: Timing | None, machine: Machine) -> None:
     for line in lines:
         table.add_row(*line, style="bold" if line[0] == "memory" else "")
     stdout().print(table)
-
-
-def _duration(seconds: float) -> str:
-    """Seconds in the unit that people would take."""
-    unit, name = next(((n, word) for n, word in ((3600, "h"), (60, "min")) if seconds >= 2 * n), (1, "s"))
-    return f"{seconds / unit:.1f} {name}"

@@ -18,6 +18,9 @@ from mlx_dpo.events import Evaluated, OnEvent, Progressed, Saved, Started, Stepp
 LINES = 20
 """Steps that a run reports where no bar can be drawn."""
 
+PACE_PERIOD = 3600.0
+"""Seconds back to which a bar looks for the pace. Rich's own 30 would leave steps longer than that without one."""
+
 
 @dataclass
 class Screen:
@@ -27,24 +30,50 @@ class Screen:
     bars: Progress
     rows_per_step: int
     tasks: dict[str, TaskID] = field(default_factory=dict)
+    reports: list[tuple[int, float]] = field(default_factory=list)  # step and seconds of training: the first, the last
 
 
 @contextmanager
 def show_progress(*, quiet: bool = False, rows_per_step: int = 1) -> Iterator[OnEvent]:
     """A listener that draws events on standard error; of a `quiet` run only warnings."""
     console = stderr()
-    bars = Progress(
+    screen = Screen(console, make_bars(console, disable=quiet or not console.is_terminal), rows_per_step)
+    with screen.bars:
+        yield lambda event: None if quiet and not isinstance(event, Warned) else RENDER[type(event)](screen, event)
+
+
+def make_bars(console: Console, *, disable: bool = False, clock: Callable[[], float] | None = None) -> Progress:
+    """Bars with the time left, from the second step on: what goes before the first one says nothing of the pace."""
+    return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TextColumn("{task.fields[state]}"),
         TimeRemainingColumn(),
         console=console,
-        disable=quiet or not console.is_terminal,
+        disable=disable,
+        speed_estimate_period=PACE_PERIOD,
+        get_time=clock,
     )
-    screen = Screen(console, bars, rows_per_step)
-    with bars:
-        yield lambda event: None if quiet and not isinstance(event, Warned) else RENDER[type(event)](screen, event)
+
+
+def time_left(reports: list[tuple[int, float]], step: int, total_steps: int) -> float | None:
+    """Seconds from `step` to the end at the pace between the first and the last report; None before the second one.
+
+    A report is a step and the seconds that training took up to it. The first one is where counting begins, since a
+    first step is slower than others, and a run may go on from a checkpoint.
+    """
+    if len(reports) < 2:
+        return None
+    (first, began), (last, seconds) = reports
+    return (total_steps - step) * (seconds - began) / (last - first)
+
+
+def about(seconds: float) -> str:
+    """A duration for people, in the unit that they would take: `45 s`, `12 min`, `2.5 h`."""
+    if seconds >= 2 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds >= 2 * 60 else f"{seconds:.0f} s"
 
 
 def in_words(metrics: dict[str, float], *, rows_per_second: float | None = None) -> str:
@@ -91,6 +120,7 @@ def _started(screen: Screen, event: Started) -> None:
     for label, value in event.facts.items():
         table.add_row(Text(label, style="bold"), Text(value))
     screen.console.print(table)
+    screen.reports = []
     screen.tasks["training"] = screen.bars.add_task(
         "training", total=event.total_steps, completed=event.first_step, state=""
     )
@@ -99,12 +129,16 @@ def _started(screen: Screen, event: Started) -> None:
 def _stepped(screen: Screen, event: Stepped) -> None:
     seconds = event.metrics.get("seconds")
     speed = event.step * screen.rows_per_step / seconds if seconds else None
+    if seconds:
+        screen.reports = [*screen.reports[:1], (event.step, seconds)]
     state = in_words(event.metrics, rows_per_second=speed)
     task: dict[str, Any] = {"state": state} if state else {}
     screen.bars.update(screen.tasks["training"], completed=event.step, **task)
     due = event.step % max(1, event.total_steps // LINES) == 0 or event.step in (1, event.total_steps)
     if state and due and not screen.console.is_terminal:
-        screen.console.print(f"step {event.step} of {event.total_steps}: {state}")
+        left = time_left(screen.reports, event.step, event.total_steps)
+        ending = f", about {about(left)} left" if left and left >= 1 else ""
+        screen.console.print(f"step {event.step} of {event.total_steps}: {state}{ending}")
 
 
 def _evaluated(screen: Screen, event: Evaluated) -> None:

@@ -7,7 +7,8 @@ in it, and no formula has to follow them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -60,10 +61,7 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         name, shape, dtype = of
         if name not in numbers:
             numbers[name] = len(described)
-            size = dtype.size
-            for batch_shape in shape:
-                size *= batch_shape
-            described.append(Array(tuple(shape), size))
+            described.append(Array(tuple(shape), dtype.size * prod(shape)))
         return numbers[name]
 
     inputs = [number(found) for found in by_type["inputs"]["inputs"]]
@@ -78,11 +76,15 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         if record["type"] == "primitive"
     ]
     results = [number(found) for found in by_type["outputs"]["outputs"]]
-    return _each_its_own(Graph(ops, described, inputs, results))
+    return _unmerged(Graph(ops, described, inputs, results))
 
 
-def _each_its_own(graph: Graph) -> Graph:
-    """Zeros and ranges made for each reader: the export merges equal ones, which an evaluation does not."""
+def _unmerged(graph: Graph) -> Graph:
+    """The graph with zeros and ranges made anew for each reader.
+
+    The export merges equal ones, which an evaluation does not: one array would lie in memory from its first reader to
+    its last, where there are many short ones.
+    """
     made = {op.outputs[0]: op for op in graph.ops if op.name in ("Full", "Arange")}
     arrays, ops, taken = list(graph.arrays), [], set(graph.results)
     for op in graph.ops:
@@ -98,58 +100,54 @@ def _each_its_own(graph: Graph) -> Graph:
 
 
 def traceable_checkpoint(marks: Iterator[mx.array]) -> CheckpointFn:
-    """In place of `mx.checkpoint`, which MLX cannot describe: the function once for its value and, between two `marks`,
-    once more for its gradient; `as_checkpointed` makes of such a graph the one that `mx.checkpoint` would have given.
+    """A stand-in for `mx.checkpoint` in functions to be traced: MLX cannot describe a function with its own gradient.
+
+    The function stands in the graph twice, once for its value and once for its gradient, with what is needed to tell
+    them apart: each call takes one of `marks`, scalars that the traced function has as inputs. Only after
+    `as_checkpointed` is the graph the one that `mx.checkpoint` gives.
     """
 
     def checkpoint_fn(function: Callable[..., Any]) -> Callable[..., Any]:
-        def both(parameters: Any, *arrays: mx.array) -> Any:
-            enter, leave = next(marks), next(marks)
-            kept = function(tree_map(mx.stop_gradient, parameters), *map(mx.stop_gradient, arrays))
-            again = function(parameters, *mx.depends(list(arrays), [enter]))
-            if isinstance(kept, mx.array):
-                return mx.depends([again * leave.astype(again.dtype)], [kept])[0]
-            return tuple(mx.depends([array * leave.astype(array.dtype) for array in again], list(kept)))
+        def twice(parameters: Any, *arrays: mx.array) -> Any:
+            mark = next(marks)
+            # cut off from the gradient, so that nothing inside has to be remembered for the backward pass
+            value = function(tree_map(mx.stop_gradient, parameters), *map(mx.stop_gradient, arrays))
+            again = function(parameters, *mx.depends(list(arrays), [mark]))
+            values, agains = ([value], [again]) if isinstance(value, mx.array) else (list(value), list(again))
+            # the gradient of this product is one too: it shows where the backward pass comes to this call
+            marked = [array * mark.astype(array.dtype) for array in agains]
+            out = mx.depends(marked, [*values, mark])
+            return out[0] if isinstance(value, mx.array) else tuple(out)
 
-        return both
+        return twice
 
     return checkpoint_fn
 
 
-def as_checkpointed(graph: Graph, marks: Sequence[int]) -> Graph:
-    """The graph of `traceable_checkpoint` with its `marks` (numbers of inputs: enter and leave in turns) made good.
+def as_checkpointed(graph: Graph, marks: Collection[int]) -> Graph:
+    """The graph that `mx.checkpoint` would have given, from one with `traceable_checkpoint` and its marks' numbers.
 
-    Whoever reads a function's value reads that of the first time; the second time begins only when the gradient by the
-    value is there.
+    Whoever reads a function's value reads that of the first time, and the second time waits for the gradient by the
+    value. Without the waiting, two blocks would have their activations in memory where a checkpoint has one.
     """
-    maker = {array: i for i, op in enumerate(graph.ops) for array in op.outputs}
-    turn = {array: i for i, array in enumerate(marks)}
-
-    def mark_of(array: int) -> int | None:
-        """The mark that an array is a cast or a broadcast of."""
-        while array not in turn and array in maker and graph.ops[maker[array]].name in ("AsType", "Broadcast"):
-            array = graph.ops[maker[array]].inputs[0]
-        return turn.get(array)
-
-    leaving: dict[int, tuple[int, int]] = {}  # op: the mark it leaves by, and the array that it only marks
-    for i, op in enumerate(graph.ops):
-        if op.name == "Multiply":
-            for array, other in (op.inputs, op.inputs[::-1]):
-                if (mark := mark_of(array)) is not None:
-                    leaving[i] = (mark, other)
-    same = {graph.ops[i].outputs[0]: other for i, (_, other) in leaving.items()}
-    forward: set[int] = set()
+    mark_of = {mark: mark for mark in marks}  # and of a mark cast or broadcast
+    products: dict[int, list[int]] = {mark: [] for mark in marks}  # results of the call, and gradients, times its mark
+    results: set[int] = set()  # those of them that are results
+    same: dict[int, int] = {}  # array: the one to read in its place
     for op in graph.ops:
-        count = len(op.outputs)
-        if op.name == "Depends" and maker.get(op.inputs[0]) in leaving:
-            forward.update(maker[array] for array in op.inputs[:count])
-            same.update(zip(op.outputs, op.inputs[count:], strict=True))
-    gradients: dict[int, list[int]] = {}
-    for i, (mark, other) in leaving.items():
-        if i not in forward:
-            gradients.setdefault(mark, []).append(other)
+        found = [mark_of[array] for array in op.inputs if array in mark_of]
+        if not found:
+            continue
+        if op.name in ("AsType", "Broadcast"):
+            mark_of[op.outputs[0]] = found[0]
+        elif op.name == "Multiply":
+            (same[op.outputs[0]],) = (array for array in op.inputs if array not in mark_of)
+            products[found[0]].append(op.outputs[0])
+        elif len(op.inputs) > len(op.outputs) + 1:  # Depends: the end of a call; one with the mark alone begins it
+            results.update(op.inputs[: len(op.outputs)])
+            same.update(zip(op.outputs, op.inputs[len(op.outputs) : -1], strict=True))
 
-    def origin(array: int) -> int:
+    def read(array: int) -> int:
         while array in same:
             array = same[array]
         return array
@@ -157,7 +155,7 @@ def as_checkpointed(graph: Graph, marks: Sequence[int]) -> Graph:
     ops = []
     for op in graph.ops:
         inputs = op.inputs
-        if op.name == "Depends" and inputs[-1] in turn:
-            inputs = (*inputs[:-1], *gradients.get(turn[inputs[-1]] + 1, ()))
-        ops.append(op._replace(inputs=tuple(map(origin, inputs))))
-    return Graph(ops, graph.arrays, graph.inputs, [origin(array) for array in graph.results])
+        if op.name == "Depends" and inputs[-1] in products:
+            inputs = (*inputs[:-1], *(array for array in products[inputs[-1]] if array not in results))
+        ops.append(op._replace(inputs=tuple(map(read, inputs))))
+    return Graph(ops, graph.arrays, graph.inputs, list(map(read, graph.results)))

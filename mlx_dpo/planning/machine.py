@@ -1,4 +1,4 @@
-"""The memory of this machine, or of a named one, and what MLX is told about it."""
+"""How much memory this machine has, or a Mac of a given size, and how much of it MLX is told to use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 """Where Linux says what a container may use."""
 
 PROCESS_BYTES = 500_000_000
-"""Bytes that Python, MLX and a tokenizer take beside the arrays (350 to 450 MB measured)."""
+"""Bytes of the Python process beside MLX's arrays: interpreter, libraries, tokenizer (350 to 450 MB measured)."""
 
 
 class Machine(NamedTuple):
@@ -29,9 +29,9 @@ class Machine(NamedTuple):
     usable: int
     name: str
 
-    def fits(self, arrays: int, beside: int) -> bool:
-        """Whether MLX's arrays and what a run keeps beside them have room."""
-        return arrays <= self.usable and arrays + beside + PROCESS_BYTES <= self.total
+    def fits(self, arrays: int, cache: int) -> bool:
+        """Whether there is room for MLX's arrays and for the activation cache, which lies outside MLX."""
+        return arrays <= self.usable and arrays + cache + PROCESS_BYTES <= self.total
 
 
 def this_machine() -> Machine:
@@ -55,6 +55,11 @@ def apple_machine(memory: str) -> Machine:
         raise UsageError(f"--memory {memory}: this is no size", "write it like 16GB")
     total = int(float(found[1]) * UNITS[found[2].upper()])
     return Machine(total, int(total * (2 / 3 if total <= 32 * UNITS["G"] else 3 / 4)), f"a Mac with {memory}")
+
+
+def in_gb(size: float) -> str:
+    """Bytes for people: `1.2 GB`, `34 MB`."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
 
 
 def limit_memory(limit: int, cache: int) -> None:

@@ -1,40 +1,41 @@
 """How much memory a graph takes while MLX evaluates it.
 
 MLX's evaluation is a plain thing to imitate: it puts the operations of a graph in an order that depends on the graph
-alone, allocates the output of each when it dispatches it, lets an operation write over an input that nobody else wants,
-and frees an input when the last operation that reads it has run. Dispatch runs ahead of the work, up to a limit; what
-is allocated ahead, and not yet freed behind, is a good part of the peak. (MLX 0.32: transforms.cpp,
+alone, allocates the output of each when it dispatches it, lets an operation write over an input that nobody else will
+read, and frees an input when the last operation that reads it has run. Some operations are always under way; what is
+allocated for them, and not yet freed behind them, is a good part of the peak. (MLX 0.32: transforms.cpp,
 backend/cpu/encoder.h, backend/metal/device.cpp.)
+
+Where there is memory below its limit (`mx.set_memory_limit`) MLX dispatches further ahead and takes more. What is told
+here is what it takes when it waits: less cannot do.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Collection
 from typing import NamedTuple
 
-from mlx_dpo.planning.graph import Array, Graph, Op
+from mlx_dpo.planning.graph import Graph, Op
 
 WIDTH = int(os.environ.get("MLX_BFS_MAX_WIDTH", 20))
 """Operations side by side that MLX orders breadth first before it goes down a level."""
 
 
-class RunAhead(NamedTuple):
-    """How far MLX dispatches before the work is done: `tasks` of `task` dispatches each.
+class InFlight(NamedTuple):
+    """How many dispatches MLX has under way when it waits: up to `most`.
 
-    Of those an operation that only looks at its input in another way makes `view`, any other one `work`.
+    An operation that only looks at its input in another way counts as `view`, any other one as `work`.
     """
 
-    tasks: int
-    task: int
+    most: int
     view: int
     work: int
 
 
-RUN_AHEAD = {"cpu": RunAhead(11, 10, 1, 2), "gpu": RunAhead(11, 40, 0, 1)}
-"""By kind of device. On a GPU a task is a command buffer; how many operations go into one depends on the chip (20 to
-50) and on their size."""
+IN_FLIGHT = {"cpu": InFlight(10, 1, 2), "gpu": InFlight(40, 0, 1)}
+"""By kind of device: one of its tasks. On a GPU that is a command buffer; how many operations go into one depends on
+the chip (20 to 50) and on their size."""
 
 _VIEWS = """AsStrided Broadcast BroadcastAxes Contiguous Copy Depends ExpandDims Slice Split Squeeze StopGradient
 Transpose View"""
@@ -51,14 +52,7 @@ RESHAPES = frozenset({"Reshape", "Flatten", "Unflatten"})
 """The same, where the input lies in one piece."""
 
 OVERWRITE = frozenset(_OVERWRITE.split())
-"""Operations that write over an input of the same size that nobody else wants."""
-
-
-class Peak(NamedTuple):
-    """The most bytes that are allocated at once beyond a graph's inputs, and the arrays they were allocated for."""
-
-    nbytes: int
-    live: list[Array]
+"""Operations that write over an input of the same size that nobody else will read."""
 
 
 def evaluation_order(graph: Graph) -> list[int]:
@@ -96,103 +90,90 @@ def evaluation_order(graph: Graph) -> list[int]:
     return tape[:0:-1]
 
 
-def peak_memory(
-    graph: Graph, ahead: RunAhead, *, limit: float = float("inf"), consumed: Collection[int] = frozenset()
-) -> Peak:
-    """The peak of evaluating `graph`, where MLX waits for results rather than go beyond `limit` bytes.
+def peak_memory(graph: Graph, in_flight: InFlight) -> int:
+    """The most bytes allocated at once, beside the inputs, while MLX evaluates `graph` and waits where it can.
 
-    The caller holds the inputs for as long as it takes, but for those `consumed`, which are freed (or written over)
-    when the last operation has read them; their bytes count as allocated from the beginning.
+    The caller keeps the inputs, so they are neither freed nor written over.
     """
-    order = evaluation_order(graph)
-    memory = _Memory(graph, order, consumed)
+    memory = _Memory(graph, order := evaluation_order(graph))
     under_way: deque[tuple[int, set[int]]] = deque()  # dispatches of an operation, and the buffers that it reads
     dispatched = 0
-    for step, op in enumerate(graph.ops[place] for place in order):
-        read = memory.dispatch(op, step)
+    for op in (graph.ops[place] for place in order):
+        read = memory.dispatch(op)
         looks = op.name in VIEWS or op.name in RESHAPES
-        under_way.append((ahead.view if looks else ahead.work, read))
+        under_way.append((in_flight.view if looks else in_flight.work, read))
         dispatched += under_way[-1][0]
-        while dispatched >= ahead.tasks * ahead.task or (memory.allocated > limit and dispatched >= ahead.task):
+        while dispatched >= in_flight.most:
             count, done = under_way.popleft()
             dispatched -= count
-            memory.finish(done, step)
-    live = [array for born, died, array in memory.lives if born <= memory.peak_step and died > memory.peak_step]
-    return Peak(memory.peak, live)
+            memory.finish(done)
+    return memory.peak
 
 
 class _Memory:
-    """The buffers of an evaluation: which array lies in which, who still wants it, what is allocated."""
+    """The buffers of an evaluation: which array lies in which, who will still read it, what is allocated."""
 
-    def __init__(self, graph: Graph, order: list[int], consumed: Collection[int]) -> None:
+    def __init__(self, graph: Graph, order: list[int]) -> None:
         self._arrays = graph.arrays
         self._readers = Counter(graph.results)
         for place in order:
             self._readers.update(graph.ops[place].inputs)
         self._buffer: dict[int, int] = {}  # array: buffer; arrays of the caller's have none
         self._in_pieces: set[int] = set()  # arrays that do not lie in one piece
-        self._holders: list[int] = []  # by buffer: arrays in it that somebody will read
+        self._arrays_in: list[int] = []  # by buffer: arrays in it that somebody will read
         self._reading: list[int] = []  # by buffer: operations under way that read it
         self._size: list[int] = []
-        self.lives: list[tuple[int, float, Array]] = []  # by buffer: from which step to which, and for what
         self.allocated = self.peak = 0
-        self.peak_step = -1
-        for array in consumed:
-            self._allocate(array, -1)
 
-    def dispatch(self, op: Op, step: int) -> set[int]:
+    def dispatch(self, op: Op) -> set[int]:
         """Gives the outputs their memory; the buffers that are in use until the operation has run."""
         if op.name in VIEWS or (op.name in RESHAPES and op.inputs[0] not in self._in_pieces):
             sources = op.inputs if op.name == "Depends" else op.inputs[:1] * len(op.outputs)
             for output, source in zip(op.outputs, sources, strict=False):
                 self._look(op, source, output)
-        elif (given := self._given_up(op)) is not None:
-            self._hold(op.outputs[0], given)
+        elif (buffer := self._overwritable(op)) is not None:
+            self._put(op.outputs[0], buffer)
         else:
             for output in op.outputs:
-                self._allocate(output, step)
-        held = {self._buffer[array] for array in op.outputs if array in self._buffer}
-        read = {self._buffer[array] for array in op.inputs if array in self._buffer} - held
+                self._allocate(output)
+        written = {self._buffer[array] for array in op.outputs if array in self._buffer}
+        read = {self._buffer[array] for array in op.inputs if array in self._buffer} - written
         for array in op.inputs:
             self._readers[array] -= 1
             if self._readers[array] == 0:
-                self._let_go(array)
+                self._release(array)
         for array in op.outputs:
             if not self._readers[array]:
                 read |= {self._buffer[array]} if array in self._buffer else set()
-                self._let_go(array)
+                self._release(array)
         for buffer in read:
             self._reading[buffer] += 1
         return read
 
-    def finish(self, read: set[int], step: int) -> None:
+    def finish(self, read: set[int]) -> None:
         """An operation has run: what it was the last to read is freed."""
         for buffer in read:
             self._reading[buffer] -= 1
-            if not self._reading[buffer] and not self._holders[buffer]:
+            if not self._reading[buffer] and not self._arrays_in[buffer]:
                 self.allocated -= self._size[buffer]
-                born, _, array = self.lives[buffer]
-                self.lives[buffer] = (born, step + 1, array)
 
-    def _allocate(self, array: int, step: int) -> None:
-        self._holders.append(0)
+    def _allocate(self, array: int) -> None:
+        self._arrays_in.append(0)
         self._reading.append(0)
         self._size.append(self._arrays[array].nbytes)
-        self.lives.append((step, float("inf"), self._arrays[array]))
-        self._hold(array, len(self._size) - 1)
+        self._put(array, len(self._size) - 1)
         self.allocated += self._size[-1]
-        if self.allocated > self.peak:
-            self.peak, self.peak_step = self.allocated, step
+        self.peak = max(self.peak, self.allocated)
 
-    def _hold(self, array: int, buffer: int) -> None:
+    def _put(self, array: int, buffer: int) -> None:
         self._buffer[array] = buffer
-        self._holders[buffer] += 1
+        self._arrays_in[buffer] += 1
 
-    def _let_go(self, array: int) -> None:
+    def _release(self, array: int) -> None:
         if (buffer := self._buffer.pop(array, None)) is not None:
-            self._holders[buffer] -= 1
+            self._arrays_in[buffer] -= 1
 
-    def _given_up(self, op: Op) -> int | None:
+    def _overwritable(self, op: Op) -> int | None:
         """The buffer of an input that the operation may write over: its last reader, and the size fits."""
         if op.name not in OVERWRITE:
             return None
@@ -201,7 +182,7 @@ class _Memory:
             if (
                 buffer is not None
                 and self._readers[array] == 1
-                and self._holders[buffer] == 1
+                and self._arrays_in[buffer] == 1
                 and not self._reading[buffer]
                 and array not in self._in_pieces
                 and self._size[buffer] == self._arrays[op.outputs[0]].nbytes
@@ -211,7 +192,7 @@ class _Memory:
 
     def _look(self, op: Op, source: int, output: int) -> None:
         if source in self._buffer:
-            self._hold(output, self._buffer[source])
+            self._put(output, self._buffer[source])
         before, after = self._arrays[source], self._arrays[output]
         if source in self._in_pieces or not _in_one_piece(op, before.shape, after.shape):
             self._in_pieces.add(output)
@@ -223,7 +204,7 @@ def _in_one_piece(op: Op, before: tuple[int, ...], after: tuple[int, ...]) -> bo
         moved = [axis for axis in op.arguments[0] if before[axis] != 1]
         return moved == sorted(moved)
     if op.name in ("Slice", "Split"):
-        first = next((i for i, batch_shape in enumerate(before) if batch_shape != 1), 0)
+        first = next((i for i, size in enumerate(before) if size != 1), 0)
         return before[first + 1 :] == after[first + 1 :]
     if op.name in ("Broadcast", "BroadcastAxes", "AsStrided"):
         return before == after

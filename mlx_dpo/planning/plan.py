@@ -1,4 +1,4 @@
-"""What a run will need in memory, foreseen before anything of it is computed, and the settings with which it fits."""
+"""How much memory a run will need, told before anything of it is computed, and the settings with which it fits."""
 
 from __future__ import annotations
 
@@ -14,123 +14,93 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.losses import row_separable
 from mlx_dpo.models.lora import LEAVES
-from mlx_dpo.planning.batch_shape import BatchShape, batch_shape, part_of
+from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
-from mlx_dpo.planning.machine import PROCESS_BYTES, Machine
-from mlx_dpo.planning.peak_memory import RUN_AHEAD, Peak, RunAhead, peak_memory
-from mlx_dpo.planning.traced_run import Description, Phase, RunSpec, describe, held_bytes
-
-BEFORE_OPTIMIZER = ("loading", "check of the optimizations", "frozen blocks")
-"""Phases in which there is no optimizer yet."""
+from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
+from mlx_dpo.planning.peak_memory import IN_FLIGHT, peak_memory
+from mlx_dpo.planning.traced_run import RunSpec, TracedRun, trace_run, untraced_run
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run will need, in bytes.
 
-    `peak`: of MLX's arrays at the highest moment, and `parts` what that is for; `phases`: the peak of each phase by
-    itself. `least`: the same where MLX waits for results rather than run ahead; with less the run cannot be. `limit`:
-    from where on MLX is to wait. `working`: the most that a phase takes beside what it holds. `beside`: what is kept in
-    memory outside MLX, the frozen blocks' output; `on_disk`: the same where it goes to a file. `largest`: the shape of
-    the largest micro-batch. `speed`: the optimizations that the model's code takes. `notes`: what is not counted.
+    `peak` is the most that MLX's arrays take at once, `parts` what for, and `phases` the peak of each phase of the run.
+    With more room than that MLX runs ahead and takes more: `limit` is the memory from which on it is to wait. `working`
+    is the most that a phase takes beside what is there all through it. `cache_in_memory` (outside MLX) or
+    `cache_on_disk` is the size of the activation cache, `largest` the micro-batch of most tokens, `speed` the
+    optimizations that the model's code takes; `notes` say what is not counted.
     """
 
     peak: int
     parts: dict[str, int]
     phases: dict[str, int]
-    least: int
     limit: int
     working: int
-    beside: int
-    on_disk: int
+    cache_in_memory: int
+    cache_on_disk: int
     largest: BatchShape | None
     speed: SpeedConfig
     notes: list[str]
 
     def fits(self, machine: Machine) -> bool:
-        """Whether the run can be on `machine`."""
-        return machine.fits(self.least, self.beside)
+        """Whether the run can be done on `machine`."""
+        return machine.fits(self.peak, self.cache_in_memory)
 
 
-def foresee(spec: RunSpec, machine: Machine) -> tuple[Plan, Description | None]:
-    """What the run of `spec` will need on `machine`, and the graphs that say so.
+def foresee(spec: RunSpec, machine: Machine) -> Plan:
+    """What the run of `spec` will need on `machine`.
 
-    Where MLX cannot describe what the model does, the gradients of experts' adapters are left out, or else there are no
-    graphs and the plan counts what is held all the time alone; a note says so.
+    Where MLX cannot describe what the model does, the gradients of experts' adapters are left out, or else all
+    activations; a note says so.
     """
-    held = held_bytes(spec)
-    loading = held.weights + held.adapter
     notes: list[str] = []
     try:
-        found = _describe(spec, notes)
+        run = _trace_run(spec, notes)
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
-        least, speed = max(sum(held), loading), spec.config.speed
-        return Plan(
-            least,
-            held._asdict(),
-            {"loading": loading},
-            least,
-            machine.usable,
-            held.adapter + held.optimizer,
-            0,
-            0,
-            None,
-            speed,
-            notes,
-        ), None
+        run = untraced_run(spec)
 
     on_gpu = mx.default_device() == mx.gpu
-    ahead = RUN_AHEAD["gpu" if on_gpu else "cpu"]
-    waiting = {name: phase.held + _peak(phase, ahead, 0).nbytes for name, phase in found.phases.items()}
-    least = max(*waiting.values(), loading)
-    limit = machine.usable if on_gpu or notes else least  # on a CPU running ahead gains nothing
-    evaluated = {name: _peak(phase, ahead, limit) for name, phase in found.phases.items()}
-    phases = {name: found.phases[name].held + peak.nbytes for name, peak in evaluated.items()} | {"loading": loading}
-    highest = max(phases, key=lambda name: phases[name])
-    largest = batch_shape([spec.rows[i] for i in found.largest.index])
-    parts = held._asdict()
-    if highest in found.phases:
-        parts["weights"] -= found.phases[highest].unloaded
-    if highest in BEFORE_OPTIMIZER:
-        del parts["optimizer"]
-    for array in evaluated[highest].live if highest in evaluated else ():
-        part = part_of(array.shape, found.widths, found.vocabulary)
-        parts[part] = parts.get(part, 0) + array.nbytes
-    if rest := phases[highest] - sum(parts.values()):
-        parts["other"] = rest
-    kept = {
-        where: found.activation_cache.nbytes if found.activation_cache.where == where else 0
-        for where in ("memory", "disk")
+    in_flight = IN_FLIGHT["gpu" if on_gpu else "cpu"]
+    working = {
+        name: phase.working if isinstance(phase.working, int) else peak_memory(phase.working, in_flight)
+        for name, phase in run.phases.items()
     }
-    beside, on_disk = kept.values()
-    working = max(peak.nbytes for peak in evaluated.values())
+    phases = {name: sum(phase.parts.values()) + working[name] for name, phase in run.phases.items()}
+    highest = max(phases, key=lambda name: phases[name])
+    parts = run.phases[highest].parts | {"update" if highest == "the update" else "activations": working[highest]}
     return Plan(
-        phases[highest], parts, phases, least, limit, working, beside, on_disk, largest, found.speed, notes
-    ), found
+        peak=phases[highest],
+        parts={name: size for name, size in parts.items() if size},
+        phases=phases,
+        limit=machine.usable if on_gpu or notes else phases[highest],  # on a CPU running ahead gains nothing
+        working=max(working.values()),
+        cache_in_memory=run.cached.nbytes if run.cached.where == "memory" else 0,
+        cache_on_disk=run.cached.nbytes if run.cached.where == "disk" else 0,
+        largest=run.largest,
+        speed=run.speed,
+        notes=notes,
+    )
 
 
-def _describe(spec: RunSpec, notes: list[str]) -> Description:
-    """The graphs, if it must be without the gradients of experts' adapters, which MLX 0.32 cannot describe."""
+def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
+    """The traced run, if need be without the gradients of experts' adapters, which MLX 0.32 cannot describe."""
     experts = [m for _, m in spec.model.named_modules() if "lora_a" in m and m["lora_a"].ndim == 3]
     try:
-        return describe(spec)
+        return trace_run(spec)
     except Unknown:
         if not experts:
             raise
     for module in experts:
         module.freeze(keys=list(LEAVES), recurse=False)
     try:
-        found = describe(spec)
+        found = trace_run(spec)
     finally:
         for module in experts:
             module.unfreeze(keys=list(LEAVES), recurse=False, strict=False)
     notes.append("what the gradients of the experts' adapters take is not counted")
     return found
-
-
-def _peak(phase: Phase, ahead: RunAhead, limit: float) -> Peak:
-    return peak_memory(phase.graph, ahead, limit=limit - phase.held, consumed=phase.given_up)
 
 
 def alternatives(config: RunConfig) -> Iterator[RunConfig]:
@@ -163,23 +133,33 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
             yield replace(least, data=replace(least.data, max_length=length))
 
 
-def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) -> tuple[RunSpec, Plan]:
-    """The run as it is to be on `machine`: as asked or, with `train.auto`, with the same mathematics in less memory.
-
-    Raises:
-        RunError: it does not fit.
-    """
+def choose(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
+    """The run as asked or, with `train.auto`, with the same mathematics in so little memory that it fits."""
     config = spec.config
     if config.train.auto and (found := fit(spec, machine, [config, *alternatives(config)])):
-        chosen, plan = found
-        settled = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
-        spec = replace(chosen, config=replace(chosen.config, train=settled))
-    else:
-        plan, _ = foresee(spec, machine)
-        refuse(spec, plan, machine)
+        return found
+    return spec, foresee(spec, machine)
+
+
+def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) -> tuple[RunSpec, Plan]:
+    """What `choose` gives, where it fits `machine`.
+
+    Raises:
+        RunError: it does not fit; the remedy says what would.
+    """
+    chosen, plan = choose(spec, machine)
+    if not plan.fits(machine):
+        parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
+        cache = f" and {in_gb(plan.cache_in_memory)} of cached activations" if plan.cache_in_memory else ""
+        raise RunError(
+            f"this run does not fit: its arrays take {in_gb(plan.peak)} at once ({parts}){cache}, and {machine.name} "
+            f"has {in_gb(machine.usable)} for them",
+            remedy(spec, machine),
+        )
     for note in plan.notes:
         on_event(Warned(note))
-    return spec, plan
+    train = replace(chosen.config.train, auto=False)  # who goes on with the run must not choose again
+    return replace(chosen, config=replace(chosen.config, train=train)), plan
 
 
 def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[RunSpec, Plan] | None:
@@ -187,32 +167,15 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
     for config in configs:
         changed = _changed(spec, config)
         with _adapted(changed):
-            plan, _ = foresee(changed, machine)
-            if not plan.fits(machine) and machine.fits(plan.least, 0):  # the frozen blocks' output goes to disk
-                room = max(machine.total - plan.least - PROCESS_BYTES, 0) // 1e8 / 10
+            plan = foresee(changed, machine)
+            if not plan.fits(machine) and machine.fits(plan.peak, 0):  # then the activation cache goes to disk
+                room = max(machine.total - plan.peak - PROCESS_BYTES, 0) // 1e8 / 10
                 config = replace(config, speed=replace(config.speed, activation_cache_memory_gb=room))
                 changed = replace(changed, config=config)
-                plan, _ = foresee(changed, machine)
+                plan = foresee(changed, machine)
         if plan.fits(machine):
             return changed, plan
     return None
-
-
-def refuse(spec: RunSpec, plan: Plan, machine: Machine) -> None:
-    """Says no to a run that does not fit, with what would.
-
-    Raises:
-        RunError: it does not fit.
-    """
-    if plan.fits(machine):
-        return
-    parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
-    beside = f" and {in_gb(plan.beside)} beside them" if plan.beside else ""
-    raise RunError(
-        f"this run does not fit: its arrays take {in_gb(plan.least)} at once ({parts}){beside}, and {machine.name} has "
-        f"{in_gb(machine.usable)} for them",
-        remedy(spec, machine),
-    )
 
 
 def remedy(spec: RunSpec, machine: Machine) -> str:
@@ -220,10 +183,10 @@ def remedy(spec: RunSpec, machine: Machine) -> str:
     config = spec.config
     if found := fit(spec, machine, [config, *alternatives(config)]):
         changed, plan = found
-        return f"{said(changed.config, config)} needs {in_gb(plan.least)} and computes the same; --auto chooses that"
+        return f"{said(changed.config, config)} needs {in_gb(plan.peak)} and computes the same; --auto chooses that"
     if found := fit(spec, machine, lesser(config)):
         changed, plan = found
-        return f"it takes less to train: {said(changed.config, config)} needs {in_gb(plan.least)}"
+        return f"it takes less to train: {said(changed.config, config)} needs {in_gb(plan.peak)}"
     return "take a smaller model, or one with fewer bits (--quantize-bits 4)"
 
 
@@ -240,19 +203,14 @@ def said(config: RunConfig, before: RunConfig) -> str:
     return " ".join(flags)
 
 
-def in_gb(size: float) -> str:
-    """Bytes in words."""
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.0f} MB"
-
-
 def _changed(spec: RunSpec, config: RunConfig) -> RunSpec:
     """The spec with other settings, and with the rows that they leave."""
     length = config.data.max_length
     if length == spec.config.data.max_length:
         return replace(spec, config=config)
     cut = [truncate(row, length, "keep_start") for row in spec.rows]
-    kept = [[row for row in part if row] for part in (cut[: spec.train_rows], cut[spec.train_rows :])]
-    return replace(spec, config=config, rows=[*kept[0], *kept[1]], train_rows=len(kept[0]))
+    train, valid = ([row for row in part if row] for part in (cut[: spec.train_rows], cut[spec.train_rows :]))
+    return replace(spec, config=config, rows=[*train, *valid], train_rows=len(train))
 
 
 @contextmanager

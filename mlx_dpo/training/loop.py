@@ -128,6 +128,7 @@ def make_step(
             mx.eval(gradients, sums)  # here: one micro-batch's activations are gone before the next one's
             parts.append(sums)
             state.tokens += int(batch.tokens_length.sum())
+            del fresh  # else it would keep the unclipped gradients beside the clipped ones
         gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)
         optimizer.learning_rate = rate
         optimizer.update(model, gradients)

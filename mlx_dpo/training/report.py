@@ -8,7 +8,7 @@ from mlx_dpo.data.batching import make_batch
 from mlx_dpo.logprobs.buckets import padding_share
 from mlx_dpo.logprobs.scorer import optimizations_on
 from mlx_dpo.models.trees import flat
-from mlx_dpo.planning.plan import in_gb
+from mlx_dpo.planning.machine import in_gb
 from mlx_dpo.training.checkpoint import TrainerState
 from mlx_dpo.training.setup import PreparedRun
 

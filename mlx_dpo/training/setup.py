@@ -27,12 +27,12 @@ from mlx_dpo.losses import needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, unload_blocks
 from mlx_dpo.planning.machine import Machine, limit_memory, this_machine
-from mlx_dpo.planning.plan import Plan, alternatives, fit, fit_to_machine, foresee, remedy, said
-from mlx_dpo.planning.timing import Timing, estimate
+from mlx_dpo.planning.plan import Plan, choose, fit_to_machine, remedy, said
 from mlx_dpo.planning.traced_run import RunSpec
 from mlx_dpo.reference import choose, store
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.reference.tr_dpo import MovingReference
+from mlx_dpo.training.optim import make_optimizer
 from mlx_dpo.types import Kind
 
 
@@ -110,28 +110,22 @@ def _fit_to_machine(spec: RunSpec, on_event: OnEvent) -> tuple[RunSpec, Plan]:
     return spec, plan
 
 
-def plan_run(
-    config: RunConfig, machine: Machine | None = None, *, on_event: OnEvent = ignore
-) -> tuple[Plan, Timing | None, str]:
-    """What a run will need in memory and time, before anything is loaded, and what to change where it does not fit.
+def plan_run(config: RunConfig, machine: Machine | None = None, *, on_event: OnEvent = ignore) -> tuple[Plan, str]:
+    """What a run will need in memory, before anything is loaded, and what to change where it does not fit.
 
-    Only config.json and the tokenizer are read, and the rows. Memory is that of this machine or of a named one; seconds
-    are this machine's, measured for about a second, and None where the model's code cannot be described. With
-    `train.auto` all is said of the settings that fit.
+    Only config.json and the tokenizer are read, and the rows. `machine` is this one if it is not given. With
+    `train.auto` the plan is that of the settings that fit.
 
     Raises:
         MlxDpoError: the data, the model or the settings cannot be used.
     """
     machine = machine or this_machine()
     spec, loaded, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
-    if config.train.auto and (chosen := fit(spec, machine, [config, *alternatives(config)])):
-        spec = chosen[0]
-    plan, found = foresee(spec, machine)
+    spec, plan = choose(spec, machine)
     if not has_weights(loaded.path):
         plan.notes.append("the weights are not here yet: their form is what config.json says")
-    timing = estimate(spec, found) if found else None
     change = said(spec.config, config) if plan.fits(machine) else remedy(spec, machine)
-    return plan, timing, change
+    return plan, change
 
 
 def begin(
@@ -164,7 +158,8 @@ def begin(
         _check_own_settings(config, adapter)
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
-    return RunSpec(config, loaded.model, [*rows, *valid], len(rows), kind), loaded, adapter
+    optimizer = partial(make_optimizer, config.optim)
+    return RunSpec(config, loaded.model, [*rows, *valid], len(rows), kind, optimizer), loaded, adapter
 
 
 def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
