@@ -133,7 +133,7 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
             yield replace(least, data=replace(least.data, max_length=length))
 
 
-def choose(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
+def choose_settings(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
     """The run as asked or, with `train.auto`, with the same mathematics in so little memory that it fits."""
     config = spec.config
     if config.train.auto and (found := fit(spec, machine, [config, *alternatives(config)])):
@@ -147,7 +147,7 @@ def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) 
     Raises:
         RunError: it does not fit; the remedy says what would.
     """
-    chosen, plan = choose(spec, machine)
+    chosen, plan = choose_settings(spec, machine)
     if not plan.fits(machine):
         parts = ", ".join(f"{name} {in_gb(size)}" for name, size in plan.parts.items() if size >= 5e7)
         cache = f" and {in_gb(plan.cache_in_memory)} of cached activations" if plan.cache_in_memory else ""

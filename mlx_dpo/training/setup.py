@@ -27,7 +27,7 @@ from mlx_dpo.losses import needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, unload_blocks
 from mlx_dpo.planning.machine import Machine, limit_memory, this_machine
-from mlx_dpo.planning.plan import Plan, choose, fit_to_machine, remedy, said
+from mlx_dpo.planning.plan import Plan, choose_settings, fit_to_machine, remedy, said
 from mlx_dpo.planning.traced_run import RunSpec
 from mlx_dpo.reference import choose, store
 from mlx_dpo.reference.store import RefLogps
@@ -121,7 +121,7 @@ def plan_run(config: RunConfig, machine: Machine | None = None, *, on_event: OnE
     """
     machine = machine or this_machine()
     spec, loaded, _ = begin(config, partial(load, lazy=True, weights=False), on_event)
-    spec, plan = choose(spec, machine)
+    spec, plan = choose_settings(spec, machine)
     if not has_weights(loaded.path):
         plan.notes.append("the weights are not here yet: their form is what config.json says")
     change = said(spec.config, config) if plan.fits(machine) else remedy(spec, machine)
