@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from mlx_dpo.config import DataConfig, ModelConfig
+from mlx_dpo.config import DataConfig
 from mlx_dpo.data.records import Record, Unpaired
 from mlx_dpo.data.tokenize import encode_record, truncate, unwrap
-from mlx_dpo.errors import ModelError
-from mlx_dpo.models.load import resolve
 
 
 class Piece(NamedTuple):
@@ -25,21 +23,6 @@ class Preview(NamedTuple):
     id: str
     answers: dict[str, list[Piece]]
     dropped: bool  # truncation leaves an answer without a scored token, so the row is left out
-
-
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of a model, with its chat template; the weights are left where they are.
-
-    Raises:
-        ModelError: there is no such model, or its tokenizer cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = resolve(config.path, config.revision)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers and the model's own code raise of every kind
-        raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", "fetch the model again") from error
 
 
 def preview(record: Record, tokenizer: Any, config: DataConfig) -> Preview:

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,26 +38,19 @@ class Row(NamedTuple):
     error: str = ""
 
 
-def one_split(source: str | Path, split: str) -> list[Row]:
-    """The rows of one split of a source, which has at least one.
+def one_split(source: str | Path, rows: Mapping[str, list[Row]], split: str) -> list[Row]:
+    """The rows of one split, out of those that `read_splits` gave for the source.
 
     Raises:
-        DataError: the source cannot be read, or has no such split.
+        DataError: the source has no such split.
     """
-    rows = read_splits(source)
     if split not in rows:
-        raise no_split(source, split, rows)
+        raise DataError(
+            f"{source} has no {split} split (there: {', '.join(rows) or 'none'})",
+            f"Call it {' or '.join(SPLITS.get(split, (split,)))}: a file of that name with {', '.join(SUFFIXES)}, "
+            "or a key of that name in a JSON file.",
+        )
     return rows[split]
-
-
-def no_split(source: str | Path, split: str, rows: Iterable[str]) -> DataError:
-    """The error for a split that a source lacks."""
-    there = ", ".join(rows) or "none"
-    return DataError(
-        f"{source} has no {split} split (there: {there})",
-        f"Call it {' or '.join(SPLITS.get(split, (split,)))}: a file of that name with {', '.join(SUFFIXES)}, "
-        "or a key of that name in a JSON file.",
-    )
 
 
 def read_splits(source: str | Path) -> dict[str, list[Row]]:

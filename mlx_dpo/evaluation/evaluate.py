@@ -10,9 +10,8 @@ from typing import Any, Literal, cast, get_args
 
 from mlx_dpo.config import DataConfig, LossConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import WINDOW
-from mlx_dpo.data.load import load_records, load_splits
+from mlx_dpo.data.load import load_to_judge
 from mlx_dpo.data.records import Record, kind_of
-from mlx_dpo.data.sources import read_splits
 from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, evaluate_rows, replay, score_rows
@@ -222,16 +221,7 @@ def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[Token
 
 
 def _records(data: DataConfig, kinds: Sequence[Kind], split: Split, on_event: OnEvent) -> tuple[Kind, list[Record]]:
-    records = _split(data, None if len(set(kinds)) > 1 else kinds[0], split, on_event)
-    own = cast(Kind, kind_of(records[0]))
-    return (own, records) if own in kinds else (kinds[0], _split(data, kinds[0], split, on_event))
-
-
-def _split(data: DataConfig, kind: Kind | None, split: Split, on_event: OnEvent) -> list[Record]:
-    there = ["train"] if data.path == "-" else list(read_splits(data.path))
-    if split == "valid" and "valid" not in there:
-        return load_splits(
-            data.path, valid_fraction=data.valid_fraction, seed=data.split_seed, kind=kind, on_event=on_event
-        ).valid
-    wanted = next(name for name in ("test", "valid", "train") if name in there) if split == "auto" else split
-    return load_records(data.path, kind, split=wanted, on_event=on_event)
+    records = load_to_judge(
+        data.path, kinds, split, valid_fraction=data.valid_fraction, seed=data.split_seed, on_event=on_event
+    )
+    return cast(Kind, kind_of(records[0])), records

@@ -11,8 +11,7 @@ import pytest
 
 from mlx_dpo.data.batching import WINDOW, length, make_batch, order_batches
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.logprobs.buckets import NEVER, padding_share
-from mlx_dpo.logprobs.buckets import whole as whole_sequences
+from mlx_dpo.logprobs.buckets import ONE_BUCKET, padding_share, whole_sequences
 
 
 def row(prompt: int, *answers: int, starts: tuple[int, ...] = (), ranks: tuple[float, ...] = ()) -> TokenizedRow:
@@ -144,7 +143,7 @@ def test_batches_are_of_like_length_but_do_not_drift_from_short_to_long() -> Non
 
     def padding(cut: list[list[int]]) -> float:
         made = [make_batch([rows[i] for i in batch], batch) for batch in cut]
-        return padding_share(group for batch in made for group in whole_sequences(batch, NEVER).groups)
+        return padding_share(bucket for batch in made for bucket in whole_sequences(batch, ONE_BUCKET).buckets)
 
     assert padding(batches) < padding(in_file_order) / 5
     means = [np.mean([length(rows[i]) for i in batch]) for batch in batches]
