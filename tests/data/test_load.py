@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from mlx_dpo.data.load import hold_out, load_prompts, load_records, load_splits, prompt_key
+from mlx_dpo.data import load as loading
+from mlx_dpo.data.load import hold_out, load_prompts, load_records, load_splits, load_to_judge, prompt_key
 from mlx_dpo.data.records import Demonstration, PreferencePair, Ranking, Record, Unpaired, kind_of
 from mlx_dpo.errors import DataError, UsageError
 
@@ -335,6 +336,57 @@ def test_texts_without_a_prompt_are_split_by_their_text() -> None:
 def test_a_share_of_prompts_lies_below_one(write: Write, fraction: float) -> None:
     with pytest.raises(UsageError, match="valid_fraction"):
         load_splits(write(ROWS), valid_fraction=fraction)
+
+
+# One split to judge a model by.
+
+
+def to_judge(source: Path | str, *kinds: str, split: str = "auto", valid_fraction: float = 0.25) -> list[Record]:
+    return load_to_judge(source, kinds, split, valid_fraction=valid_fraction, seed=0, on_event=lambda event: None)
+
+
+@pytest.mark.parametrize("split", ["auto", "train", "valid"])
+@pytest.mark.parametrize("kinds", [("pair",), ("pair", "ranking"), ("ranking", "demonstration"), ("demonstration",)])
+def test_a_source_is_read_once_whatever_is_asked_of_it(
+    write: Write, monkeypatch: pytest.MonkeyPatch, split: str, kinds: tuple[str, ...]
+) -> None:
+    path = write(ROWS)
+    readings = []
+    read_splits = loading.read_splits
+    monkeypatch.setattr(loading, "read_splits", lambda source: readings.append(source) or read_splits(source))
+    by_name = to_judge(path, *kinds, split=split)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(path.read_bytes())))
+    assert to_judge("-", *kinds, split=split) == by_name
+    assert readings == [path, "-"]
+    assert {kind_of(record) for record in by_name} == {"pair" if "pair" in kinds else kinds[0]}
+
+
+def test_rows_are_judged_as_what_they_are_if_they_may_be_and_else_as_the_first_kind(write: Write) -> None:
+    ranked = [RANKED, {**RANKED, "prompt": "another"}]
+    assert {kind_of(record) for record in to_judge(write(ranked), "pair", "ranking")} == {"ranking"}
+    assert {kind_of(record) for record in to_judge(write(ranked), "pair")} == {"pair"}
+    assert {kind_of(record) for record in to_judge(write(ranked), "demonstration", "unpaired")} == {"demonstration"}
+    mixed = write([ROWS[0], RANKED])
+    assert len(to_judge(mixed, "pair", "pair")) == 2  # one kind is asked for, so what can be converted is
+    with pytest.raises(DataError, match=r"mixes kinds of rows: 1 pair row \(line 1\), 1 ranking row \(line 2\)"):
+        to_judge(mixed, "pair", "ranking")
+
+
+def test_a_source_is_judged_by_its_test_split_before_its_validation_split_before_all_of_it(write: Write) -> None:
+    document = {"train": ROWS[:10], "valid": ROWS[10:14], "test": ROWS[14:]}
+    for there, expected in (("train valid test", 6), ("train valid", 4), ("train", 10)):
+        path = write(json.dumps({name: document[name] for name in there.split()}).encode(), "data.json")
+        assert len(to_judge(path, "pair")) == expected
+    with pytest.raises(DataError, match=r"has no test split \(there: train\)"):
+        to_judge(path, "pair", split="test")
+
+
+def test_validation_rows_of_a_file_are_those_that_training_holds_out(write: Write) -> None:
+    path = write(ROWS)
+    assert to_judge(path, "pair", split="valid") == load_splits(path, valid_fraction=0.25).valid
+    for rows, fraction in ((ROWS[:1], 0.5), (ROWS, 0.0)):
+        with pytest.raises(DataError, match="has no validation rows"):
+            to_judge(write(rows), "pair", split="valid", valid_fraction=fraction)
 
 
 # Hub and parquet, with stand-ins for the packages of the extra.
