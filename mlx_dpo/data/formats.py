@@ -6,31 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.columns import (
-    PROMPTS,
-    Row,
-    first,
-    fit_answers,
-    has,
-    listed_keys,
-    plain,
-    read_context,
-    read_prompt,
-    with_system,
-)
+from mlx_dpo.data import columns, texts
+from mlx_dpo.data.columns import PROMPTS, Row, first, has
 from mlx_dpo.data.records import Context, Demonstration, Message, PreferencePair, Record, Text, Unpaired
 from mlx_dpo.data.signals import SIGNALS, about_prompt, ranking, truth
-from mlx_dpo.data.texts import (
-    common_prefix,
-    dialogue_messages,
-    found,
-    is_conversation,
-    is_dialogue,
-    mistyped,
-    read_messages,
-    read_text,
-    starts_with,
-)
 from mlx_dpo.errors import DataError
 
 CONVERSATIONS = ("messages", "conversations")
@@ -73,14 +52,14 @@ def parse_row(row: Mapping[str, Any], id: str) -> Record:
     Raises:
         DataError: no shape fits, or a value is missing or of the wrong type; the message names the key.
     """
-    row = plain(row)
+    row = columns.plain(row)
     for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
         if has(row, key) and not has(row, other):
             what = "is null" if other in row else "is missing"
-            raise DataError(f'"{other}" {what}, but there is a "{key}" (keys: {listed_keys(row)})')
+            raise DataError(f'"{other}" {what}, but there is a "{key}" (keys: {columns.listed_keys(row)})')
     for name, shape in FORMATS.items():
         if shape.recognised(row):
-            return shape.converted(row, read_context(row, id, name))
+            return shape.converted(row, columns.read_context(row, id, name))
     raise DataError(_why_unknown(row))
 
 
@@ -91,14 +70,14 @@ def parse_prompt(row: Mapping[str, Any], id: str) -> Context:
     Raises:
         DataError: the row holds no prompt.
     """
-    row = plain(row)
+    row = columns.plain(row)
     if _is_pair(row):
         pair = parse_row(row, id)
         return Context(**about_prompt(pair))
-    prompt = read_prompt(row)
+    prompt = columns.read_prompt(row)
     if first(row, PROMPTS) in CONVERSATIONS and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
-    return replace(read_context(row, id, "prompt"), prompt=prompt)
+    return replace(columns.read_context(row, id, "prompt"), prompt=prompt)
 
 
 def accepted_shapes() -> str:
@@ -110,12 +89,10 @@ def _why_unknown(row: Row) -> str:
     """What is missing in a row that no shape recognises."""
     keys = [key for key in ("chosen", "rejected", *CONVERSATIONS, *ANSWERS, *RESPONSES, "text") if key in row]
     if keys:
-        return "; ".join(f'"{key}" is {found(row[key])}' for key in keys) + f" (keys: {listed_keys(row)})"
+        return "; ".join(f'"{key}" is {texts.found(row[key])}' for key in keys) + f" (keys: {columns.listed_keys(row)})"
     if first(row, PROMPTS):
-        return (
-            f'there is a prompt but no answer: no "chosen" and "rejected", no "completion" (keys: {listed_keys(row)})'
-        )
-    return f"no known shape (keys: {listed_keys(row)})"
+        return f'there is a prompt but no answer: no "chosen" and "rejected", no "completion" (keys: {columns.listed_keys(row)})'
+    return f"no known shape (keys: {columns.listed_keys(row)})"
 
 
 # Pairs.
@@ -130,11 +107,11 @@ def _pair(context: Context, prompt: Text, chosen: Text, rejected: Text) -> Prefe
 
 
 def _are_dialogues(row: Row) -> bool:
-    return _is_pair(row) and is_dialogue(row["chosen"]) and is_dialogue(row["rejected"])
+    return _is_pair(row) and texts.is_dialogue(row["chosen"]) and texts.is_dialogue(row["rejected"])
 
 
 def _from_dialogues(row: Row, context: Context) -> Record:
-    chosen, rejected = (dialogue_messages(str(read_text(row[key], key))) for key in ("chosen", "rejected"))
+    chosen, rejected = (texts.dialogue_messages(str(texts.read_text(row[key], key))) for key in ("chosen", "rejected"))
     return _split(row, context, chosen, rejected)
 
 
@@ -143,14 +120,14 @@ def _are_conversations(row: Row) -> bool:
         return False
     if not any(key in row for key in PROMPTS):
         return True
-    return all(is_conversation(read_text(row[key], key)) for key in ("chosen", "rejected"))
+    return all(texts.is_conversation(texts.read_text(row[key], key)) for key in ("chosen", "rejected"))
 
 
 def _from_conversations(row: Row, context: Context) -> Record:
     """Whole conversations. A string prompt beside them repeats what they hold and is left out, as in TRL."""
-    chosen, rejected = read_messages(row["chosen"], "chosen"), read_messages(row["rejected"], "rejected")
+    chosen, rejected = texts.read_messages(row["chosen"], "chosen"), texts.read_messages(row["rejected"], "rejected")
     key = first(row, ("prompt", "conversations"))
-    given = read_text(row[key], key) if key else ""
+    given = texts.read_text(row[key], key) if key else ""
     if not isinstance(given, str) and given:
         chosen, rejected = _opened(given, chosen, "chosen"), _opened(given, rejected, "rejected")
     return _split(row, context, chosen, rejected)
@@ -159,7 +136,7 @@ def _from_conversations(row: Row, context: Context) -> Record:
 def _opened(given: tuple[Message, ...], conversation: tuple[Message, ...], key: str) -> tuple[Message, ...]:
     """A conversation that has the given messages in front, if it lacks them."""
     spoken = tuple(message for message in conversation if message["role"] != "system")
-    if starts_with(conversation, given) or starts_with(spoken, given):
+    if texts.starts_with(conversation, given) or texts.starts_with(spoken, given):
         return conversation
     if given[-1]["role"] == "user":
         raise DataError(f'"{key}" is a whole conversation that does not open with the messages of the prompt')
@@ -168,10 +145,10 @@ def _opened(given: tuple[Message, ...], conversation: tuple[Message, ...], key: 
 
 def _split(row: Row, context: Context, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Record:
     """The messages that both conversations share are the prompt."""
-    shared = common_prefix(chosen, rejected)
+    shared = texts.common_prefix(chosen, rejected)
     if not shared and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
         raise DataError('"chosen" and "rejected" open with different messages, so they share no prompt')
-    return _pair(context, with_system(row, chosen[:shared]), chosen[shared:], rejected[shared:])
+    return _pair(context, columns.with_system(row, chosen[:shared]), chosen[shared:], rejected[shared:])
 
 
 def _has_common_start(row: Row) -> bool:
@@ -180,13 +157,13 @@ def _has_common_start(row: Row) -> bool:
 
 
 def _from_common_start(row: Row, context: Context) -> Record:
-    chosen, rejected = (read_text(row[key], key) for key in ("chosen", "rejected"))
-    shared = common_prefix(chosen, rejected)
+    chosen, rejected = (texts.read_text(row[key], key) for key in ("chosen", "rejected"))
+    shared = texts.common_prefix(chosen, rejected)
     return _pair(context, chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def _from_pair(row: Row, context: Context) -> Record:
-    prompt, (chosen, rejected) = fit_answers(row, {key: row[key] for key in ("chosen", "rejected")})
+    prompt, (chosen, rejected) = columns.fit_answers(row, {key: row[key] for key in ("chosen", "rejected")})
     return _pair(context, prompt, chosen, rejected)
 
 
@@ -205,8 +182,8 @@ def _from_ranking(row: Row, context: Context) -> Record:
     column, verdicts = _verdicts(row, key)
     if len(verdicts) != len(row[key]):
         raise DataError(f'"{key}" holds {len(row[key])} answers and "{column}" {len(verdicts)} values')
-    scores = [_scored(column, place, verdict) for place, verdict in enumerate(verdicts)]
-    prompt, answers = fit_answers(row, {f"{key}[{place}]": answer for place, answer in enumerate(row[key])})
+    scores = [_scored(column, k, verdict) for k, verdict in enumerate(verdicts)]
+    prompt, answers = columns.fit_answers(row, {f"{key}[{k}]": answer for k, answer in enumerate(row[key])})
     return ranking(replace(context, prompt=prompt), answers, scores)
 
 
@@ -222,11 +199,11 @@ def _verdicts(row: Row, key: str) -> tuple[str, list[Any]]:
     raise DataError(f'"{key}" has neither "ranks" nor "scores" beside it, nor a rank or score in each answer')
 
 
-def _scored(column: str, place: int, verdict: Any) -> float:
+def _scored(column: str, k: int, verdict: Any) -> float:
     try:
         return SIGNALS[VERDICTS[column]](verdict)
     except DataError as error:
-        raise DataError(f'"{column}[{place}]": {error.message}') from None
+        raise DataError(f'"{column}[{k}]": {error.message}') from None
 
 
 # Single answers, judged or to imitate.
@@ -263,7 +240,7 @@ def _from_judged(row: Row, context: Context) -> Record:
     label = row[str(_label_key(row))]
     if not _is_truth(label):
         wanted = "true or false (rename the column if it does not judge the answer)"
-        raise mistyped(str(_label_key(row)), label, wanted)
+        raise texts.mistyped(str(_label_key(row)), label, wanted)
     prompt, completion = _answered(row)
     return Unpaired(**about_prompt(replace(context, prompt=prompt)), completion=completion, label=truth(label))
 
@@ -277,18 +254,18 @@ def _answered(row: Row) -> tuple[Text, Text]:
     """Prompt and answer of a row with one answer; of a conversation the last message is the answer."""
     key = str(_answer_key(row))
     if key in CONVERSATIONS:
-        messages = read_messages(row[key], key)
+        messages = texts.read_messages(row[key], key)
         if messages[-1]["role"] != "assistant":
             raise DataError(f'"{key}" ends with a message of the role "{messages[-1]["role"]}", not with an answer')
-        return with_system(row, messages[:-1]), messages[-1:]
-    prompt, (completion,) = fit_answers(row, {key: row[key]})
+        return columns.with_system(row, messages[:-1]), messages[-1:]
+    prompt, (completion,) = columns.fit_answers(row, {key: row[key]})
     return prompt, completion
 
 
 def _from_text(row: Row, context: Context) -> Record:
     if not isinstance(row["text"], str):
-        raise mistyped("text", row["text"], "a string")
-    return Demonstration(**about_prompt(context), completion=read_text(row["text"], "text"))
+        raise texts.mistyped("text", row["text"], "a string")
+    return Demonstration(**about_prompt(context), completion=texts.read_text(row["text"], "text"))
 
 
 FORMATS: dict[str, Format] = {
