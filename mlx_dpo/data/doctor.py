@@ -11,9 +11,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from mlx_dpo.data.load import prompt_key
-from mlx_dpo.data.records import PreferencePair, Record, Text, Unpaired, kind_of
-
-LONGEST = 5  # rows that are named as the longest
+from mlx_dpo.data.records import PreferencePair, Record, Text, kind_of
 
 LENGTH_BIAS = 0.15  # how far from a half the share of longer chosen answers may be before it is worth a word
 
@@ -30,12 +28,10 @@ class Report:
     kinds: dict[str, int]
     shapes: dict[str, int]  # rows by the shape they were written in (data/formats.py)
     prompts: int  # different ones
-    judged_good: int  # unpaired rows with a true label
     mean_prompt: float
     mean_first: float  # first answers: the chosen, the best of a ranking, the only one
     mean_last: float  # last answers: the rejected, the worst of a ranking, the only one
     longer_chosen: float | None  # share of pairs whose chosen answer is the longer one, of those that differ in length
-    longest: tuple[tuple[str, int], ...]  # the longest rows: id and length of the prompt and its longest answer
     duplicates: tuple[str, ...]  # say the same as an earlier row
     contradictions: tuple[tuple[str, str], ...]  # the second prefers what the first rejects, of two answers
     identical: tuple[str, ...]  # chosen equals rejected: nothing to learn
@@ -72,19 +68,16 @@ def examine(records: Sequence[Record], valid: Sequence[Record] = ()) -> Report:
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     differences = [length(pair.chosen) - length(pair.rejected) for pair in pairs]
     longer = [difference > 0 for difference in differences if difference]
-    sizes = [(record.id, length(record.prompt) + max(map(length, record.completions))) for record in records]
     held_out = {prompt_key(record) for record in valid}
     return Report(
         rows=len(records),
         kinds=dict(Counter(map(kind_of, records))),
         shapes=dict(Counter(record.shape for record in records)),
         prompts=len(set(map(prompt_key, records))),
-        judged_good=sum(isinstance(record, Unpaired) and record.label for record in records),
         mean_prompt=_mean([length(record.prompt) for record in records]),
         mean_first=_mean([length(record.completions[0]) for record in records]),
         mean_last=_mean([length(record.completions[-1]) for record in records]),
         longer_chosen=fmean(longer) if longer else None,
-        longest=tuple(sorted(sizes, key=lambda size: -size[1])[:LONGEST]),
         duplicates=_duplicates(records),
         contradictions=_contradictions(pairs),
         identical=_named(pairs, lambda pair: pair.chosen == pair.rejected),

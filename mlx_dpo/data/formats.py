@@ -12,6 +12,8 @@ from mlx_dpo.data.records import Context, Demonstration, Message, PreferencePair
 from mlx_dpo.data.signals import SIGNALS, about_prompt, ranking, truth
 from mlx_dpo.errors import DataError
 
+SIDES = ("chosen", "rejected")
+
 CONVERSATIONS = ("messages", "conversations")
 """Columns that hold a whole conversation, or a pair's prompt."""
 
@@ -47,13 +49,14 @@ class Format(NamedTuple):
 
 
 def parse_row(row: Mapping[str, Any], id: str) -> Record:
-    """The record that a row of a data set says, whatever its shape; `id` is its name where it has no `id` column.
+    """The record that a row of a data set says, whatever its shape; `id` names it where it has no `id` column.
 
     Raises:
         DataError: no shape fits, or a value is missing or of the wrong type; the message names the key.
     """
     row = columns.plain(row)
-    for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
+    # Before the shapes are asked: half a pair with a "completion" beside it would pass for a demonstration.
+    for key, other in (SIDES, SIDES[::-1]):
         if has(row, key) and not has(row, other):
             what = "is null" if other in row else "is missing"
             raise DataError(f'"{other}" {what}, but there is a "{key}" (keys: {columns.listed_keys(row)})')
@@ -72,8 +75,7 @@ def parse_prompt(row: Mapping[str, Any], id: str) -> Context:
     """
     row = columns.plain(row)
     if _is_pair(row):
-        pair = parse_row(row, id)
-        return Context(**about_prompt(pair))
+        return Context(**about_prompt(parse_row(row, id)))
     prompt = columns.read_prompt(row)
     if first(row, PROMPTS) in CONVERSATIONS and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
@@ -87,23 +89,25 @@ def accepted_shapes() -> str:
 
 def _why_unknown(row: Row) -> str:
     """What is missing in a row that no shape recognises."""
-    keys = [key for key in ("chosen", "rejected", *CONVERSATIONS, *ANSWERS, *RESPONSES, "text") if key in row]
+    keys = [key for key in (*SIDES, *CONVERSATIONS, *ANSWERS, *RESPONSES, "text") if key in row]
     if keys:
-        return "; ".join(f'"{key}" is {texts.found(row[key])}' for key in keys) + f" (keys: {columns.listed_keys(row)})"
-    if first(row, PROMPTS):
-        return f'there is a prompt but no answer: no "chosen" and "rejected", no "completion" (keys: {columns.listed_keys(row)})'
-    return f"no known shape (keys: {columns.listed_keys(row)})"
+        why = "; ".join(f'"{key}" is {texts.found(row[key])}' for key in keys)
+    elif first(row, PROMPTS):
+        why = 'there is a prompt but no answer: no "chosen" and "rejected", no "completion"'
+    else:
+        why = "no known shape"
+    return f"{why} (keys: {columns.listed_keys(row)})"
 
 
 # Pairs.
 
 
 def _is_pair(row: Row) -> bool:
-    return has(row, "chosen", "rejected")
+    return has(row, *SIDES)
 
 
 def _pair(context: Context, prompt: Text, chosen: Text, rejected: Text) -> PreferencePair:
-    return PreferencePair(**about_prompt(replace(context, prompt=prompt)), chosen=chosen, rejected=rejected)
+    return PreferencePair(**about_prompt(context, prompt=prompt), chosen=chosen, rejected=rejected)
 
 
 def _are_dialogues(row: Row) -> bool:
@@ -111,16 +115,16 @@ def _are_dialogues(row: Row) -> bool:
 
 
 def _from_dialogues(row: Row, context: Context) -> Record:
-    chosen, rejected = (texts.dialogue_messages(str(texts.read_text(row[key], key))) for key in ("chosen", "rejected"))
+    chosen, rejected = (texts.dialogue_messages(str(texts.read_text(row[key], key))) for key in SIDES)
     return _split(row, context, chosen, rejected)
 
 
 def _are_conversations(row: Row) -> bool:
-    if not _is_pair(row) or not all(isinstance(row[key], list | tuple) for key in ("chosen", "rejected")):
+    if not _is_pair(row) or not all(isinstance(row[key], list | tuple) for key in SIDES):
         return False
     if not any(key in row for key in PROMPTS):
         return True
-    return all(texts.is_conversation(texts.read_text(row[key], key)) for key in ("chosen", "rejected"))
+    return all(texts.is_conversation(texts.read_text(row[key], key)) for key in SIDES)
 
 
 def _from_conversations(row: Row, context: Context) -> Record:
@@ -152,18 +156,18 @@ def _split(row: Row, context: Context, chosen: tuple[Message, ...], rejected: tu
 
 
 def _has_common_start(row: Row) -> bool:
-    strings = all(isinstance(row.get(key), str) for key in ("chosen", "rejected"))
+    strings = all(isinstance(row.get(key), str) for key in SIDES)
     return strings and not any(key in row for key in PROMPTS)
 
 
 def _from_common_start(row: Row, context: Context) -> Record:
-    chosen, rejected = (texts.read_text(row[key], key) for key in ("chosen", "rejected"))
+    chosen, rejected = (texts.read_text(row[key], key) for key in SIDES)
     shared = texts.common_prefix(chosen, rejected)
     return _pair(context, chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def _from_pair(row: Row, context: Context) -> Record:
-    prompt, (chosen, rejected) = columns.fit_answers(row, {key: row[key] for key in ("chosen", "rejected")})
+    prompt, (chosen, rejected) = columns.fit_answers(row, {key: row[key] for key in SIDES})
     return _pair(context, prompt, chosen, rejected)
 
 
@@ -237,17 +241,16 @@ def _is_truth(value: Any) -> bool:
 
 
 def _from_judged(row: Row, context: Context) -> Record:
-    label = row[str(_label_key(row))]
-    if not _is_truth(label):
-        wanted = "true or false (rename the column if it does not judge the answer)"
-        raise texts.mistyped(str(_label_key(row)), label, wanted)
+    key = str(_label_key(row))
+    if not _is_truth(row[key]):
+        raise texts.mistyped(key, row[key], "true or false (rename the column if it does not judge the answer)")
     prompt, completion = _answered(row)
-    return Unpaired(**about_prompt(replace(context, prompt=prompt)), completion=completion, label=truth(label))
+    return Unpaired(**about_prompt(context, prompt=prompt), completion=completion, label=truth(row[key]))
 
 
 def _from_demonstration(row: Row, context: Context) -> Record:
     prompt, completion = _answered(row)
-    return Demonstration(**about_prompt(replace(context, prompt=prompt)), completion=completion)
+    return Demonstration(**about_prompt(context, prompt=prompt), completion=completion)
 
 
 def _answered(row: Row) -> tuple[Text, Text]:
@@ -308,4 +311,5 @@ FORMATS: dict[str, Format] = {
     ),
     "text": Format('{"text": "…"}', lambda row: has(row, "text"), _from_text),
 }
-"""Row shapes by name; the first that recognises a row converts it."""
+"""Row shapes by name; the first that recognises a row converts it, so the narrow ones stand before the wide: every
+dialogue is a pair too, and every judged answer a demonstration with a label to ignore."""

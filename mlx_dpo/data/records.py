@@ -54,11 +54,8 @@ class Ranking(Context):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unpaired(Context):
-    """One answer, judged good (`label` true) or bad (KTO's data)."""
-
+class _OneAnswer(Context):
     completion: Text
-    label: bool
 
     @property
     def completions(self) -> tuple[Text, ...]:
@@ -66,14 +63,15 @@ class Unpaired(Context):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demonstration(Context):
+class Unpaired(_OneAnswer):
+    """One answer, judged good (`label` true) or bad (KTO's data)."""
+
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration(_OneAnswer):
     """One answer to imitate (data of supervised fine-tuning)."""
-
-    completion: Text
-
-    @property
-    def completions(self) -> tuple[Text, ...]:
-        return (self.completion,)
 
 
 Record = PreferencePair | Ranking | Unpaired | Demonstration
