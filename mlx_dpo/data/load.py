@@ -109,6 +109,7 @@ def load_splits(
         raise UsageError(f"valid_fraction is {valid_fraction}", "It is a share of the prompts: 0 or more, below 1.")
     rows = read_splits(source)
     one_split(source, rows, "train")
+    # All splits are parsed in one go, so that one error names the bad rows of every file, and then dealt out again.
     kinds = [kind] if kind else list(KINDS)
     parsed = iter(_parsed([row for there in rows.values() for row in there], parse_row))
     records = {name: _of_kind(list(islice(parsed, len(there))), kinds, on_event) for name, there in rows.items()}
@@ -126,6 +127,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[lis
     one stays.
     """
     keys = [prompt_key(record) for record in records]
+    # Prompts in the order of their hashes: no random state, so eval finds again what training held out.
     order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
     count = min(max(round(fraction * len(order)), 1), len(order) - 1) if fraction and order else 0
     held = set(order[:count])

@@ -29,10 +29,13 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class Row(NamedTuple):
-    """One row as it was read: where it stands, its number there from 1, and its value or why it cannot be read."""
+    """One row as it was read: where it stands, its number there from 1, and its value or why it cannot be read.
+
+    A row that cannot be read is kept with its error rather than raised, so that one error can name all of a file.
+    """
 
     file: str
-    place: str
+    place: str  # line 3, item 3, row 3
     number: int
     value: Any = None
     error: str = ""
@@ -54,8 +57,9 @@ def one_split(source: str | Path, rows: Mapping[str, list[Row]], split: str) -> 
 
 
 def read_splits(source: str | Path) -> dict[str, list[Row]]:
-    """Rows by split (a name in `SPLITS`); a source without splits is all `train`. A row that cannot be read stands
-    among them with its error.
+    """Rows by split (a name in `SPLITS`); a source without splits is all `train`.
+
+    Call it once for a source: standard input is empty afterwards, and a Hub data set is large.
 
     Raises:
         DataError: there is no such source, it is empty, or nothing of it can be read.

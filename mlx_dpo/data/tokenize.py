@@ -1,4 +1,7 @@
-"""Records to token ids: chat template, the boundary between prompt and completion, truncation."""
+"""Records to token ids: chat template, the boundary between prompt and completion, truncation.
+
+What is scored is decided here: every id in `TokenizedRow.completions` counts, none of the prompt does.
+"""
 
 from __future__ import annotations
 
@@ -111,6 +114,8 @@ def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[in
         DataError: the chat template refuses the messages, or the model has none.
     """
     tokenizer = unwrap(tokenizer)
+    # Prompt and whole are encoded apart and compared, never prompt and answer joined as ids: a tokenizer may merge over
+    # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
     prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
     wholes = [
         _guard(record, tokenizer, lambda a=answer: _encode_whole(tokenizer, record, a)) for answer in record.completions
@@ -138,6 +143,7 @@ def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedR
     else:
         starts = tuple(min(max(len(row.prompt) + len(ids) - max_length, 0), len(row.prompt)) for ids in row.completions)
         cut = row._replace(starts=starts, completions=tuple(ids[-max_length:] for ids in row.completions))
+    # Without a prompt token before it the first token has nothing to be predicted from, so it is not scored.
     scored = [len(ids) - (not cut.context(k)) for k, ids in enumerate(cut.completions)]
     return cut if min(scored) > 0 else None
 
