@@ -106,10 +106,10 @@ def show_comparison(loaded: LoadedModel, question: Prompt, how: dict[str, Any]) 
     console = stdout()
     with Live(side_by_side(title, **said), console=console, vertical_overflow="visible") as live:
 
-        def hear(side: str, text: str) -> None:
+        def show(side: str, text: str) -> None:
             said[side] += text
             live.update(side_by_side(title, **said))
 
-        list(compare(loaded, [question], **how, on_token=hear))
+        list(compare(loaded, [question], **how, on_token=show))
     if not console.is_terminal:
         console.print()  # where nothing is drawn twice, Live leaves the last line open
