@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from mlx_dpo import settings
 from mlx_dpo.cli.console import show_warning, stderr, stdout
 from mlx_dpo.cli.flags import Asked, with_settings
 from mlx_dpo.cli.options import SCORED_DATA, require
 from mlx_dpo.config import ModelConfig, RunConfig
+from mlx_dpo.data.doctor import examine
+from mlx_dpo.data.load import Splits, load_splits
+from mlx_dpo.data.preview import Preview, preview
+from mlx_dpo.data.tokenize import encode_records
 from mlx_dpo.errors import ModelError, UsageError
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mlx_dpo.data.load import Splits
-    from mlx_dpo.data.preview import Preview
 
 STYLES = {"prompt": "", "scored": "green", "cut": "red strike"}
 
@@ -41,8 +41,6 @@ def check(asked: Asked, preview: Rows = 0) -> None:
     if preview and not config.model.path:
         raise UsageError("--preview needs a --model, whose tokenizer and chat template it shows")
 
-    from mlx_dpo.data.load import load_splits
-
     splits = load_splits(config.data.path, valid_fraction=0)
     show_rows(splits)
     if config.model.path:
@@ -51,8 +49,6 @@ def check(asked: Asked, preview: Rows = 0) -> None:
 
 def show_rows(splits: Splits) -> None:
     """What each split holds, and what in it deserves a look."""
-    from mlx_dpo.data.doctor import examine
-
     for name, records in splits._asdict().items():
         if records:
             report = examine(records, splits.valid if name == "train" else ())
@@ -69,9 +65,6 @@ def show_rows(splits: Splits) -> None:
 
 def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
     """What tokenizing makes of each split, and a look at the first rows."""
-    from mlx_dpo.data.preview import preview
-    from mlx_dpo.data.tokenize import encode_records
-
     tokenizer = _load_tokenizer(config.model)
     for name, records in splits._asdict().items():
         if records:
@@ -101,9 +94,6 @@ def _load_tokenizer(config: ModelConfig) -> Any:
 
 def draw(row: Preview) -> Table:
     """The pieces of a row one below the other; colours say the same as the words beside them."""
-    from rich.table import Table
-    from rich.text import Text
-
     title = f"row {row.id}" + (", dropped: no scored token is left" if row.dropped else "")
     table = Table(title=title, title_justify="left", title_style="bold", expand=True, show_lines=True)
     table.add_column("answer")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from mlx_dpo.cli.console import stderr, stdout
 from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -103,8 +104,6 @@ def show_answers(config: RunConfig) -> None:
 
 def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
     """How many of the held-out pairs are ranked right, with 95 % intervals."""
-    from rich.table import Table
-
     from mlx_dpo.losses.metrics import wilson_interval
 
     table = Table(title=f"{after['rows']} unseen pairs ranked right", title_justify="left", title_style="bold")

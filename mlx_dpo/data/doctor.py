@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from mlx_dpo.data.load import prompt_key
-from mlx_dpo.data.records import PreferencePair, Record, Text, kind_of
+from mlx_dpo.data.records import PreferencePair, Record, Text, first_few, kind_of
 
 LENGTH_BIAS = 0.15  # how far from a half the share of longer chosen answers may be before it is worth a word
 
@@ -55,7 +55,7 @@ class Report:
             (self.control_tokens, "rows have control tokens of a chat template typed into their text"),
             (self.shared_prompts, "rows have a prompt that is among the validation rows too"),
         )
-        said = [f"{len(ids)} of {self.rows} {what} ({_some(ids)})" for ids, what in suspicions if ids]
+        said = [f"{len(ids)} of {self.rows} {what} ({first_few(ids)})" for ids, what in suspicions if ids]
         if self.longer_chosen is not None and abs(self.longer_chosen - 0.5) > LENGTH_BIAS:
             way = "longer" if self.longer_chosen > 0.5 else "shorter"
             share = max(self.longer_chosen, 1 - self.longer_chosen)
@@ -106,10 +106,6 @@ def length(text: Text) -> int:
 
 def _mean(values: Sequence[int]) -> float:
     return fmean(values) if values else 0.0
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
 def _named(records: Sequence[AnyRecord], suspicious: Callable[[AnyRecord], bool]) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from mlx_dpo.data import columns, texts
 from mlx_dpo.data.columns import PROMPTS, Row, first, has
 from mlx_dpo.data.records import Context, Demonstration, Message, PreferencePair, Record, Text, Unpaired
-from mlx_dpo.data.signals import SIGNALS, about_prompt, ranking, truth
+from mlx_dpo.data.signals import SIGNALS, about_prompt, as_truth, ranking
 from mlx_dpo.errors import DataError
 
 SIDES = ("chosen", "rejected")
@@ -51,8 +51,7 @@ class Format(NamedTuple):
 def parse_row(row: Mapping[str, Any], id: str) -> Record:
     """The record that a row of a data set says, whatever its shape; `id` names it where it has no `id` column.
 
-    Raises:
-        DataError: no shape fits, or a value is missing or of the wrong type; the message names the key.
+    Raises DataError where no shape fits, or a value is missing or of the wrong type; the message names the key.
     """
     row = columns.plain(row)
     # Before the shapes are asked: half a pair with a "completion" beside it would pass for a demonstration.
@@ -68,11 +67,7 @@ def parse_row(row: Mapping[str, Any], id: str) -> Record:
 
 def parse_prompt(row: Mapping[str, Any], id: str) -> Context:
     """A row's prompt alone, for sampling: of a pair, of a conversation that ends in an answer, or of any row that has a
-    prompt column.
-
-    Raises:
-        DataError: the row holds no prompt.
-    """
+    prompt column; a DataError where it holds none."""
     row = columns.plain(row)
     if _is_pair(row):
         return Context(**about_prompt(parse_row(row, id)))
@@ -108,10 +103,6 @@ def _is_pair(row: Row) -> bool:
 
 def _pair(context: Context, prompt: Text, chosen: Text, rejected: Text) -> PreferencePair:
     return PreferencePair(**about_prompt(context, prompt=prompt), chosen=chosen, rejected=rejected)
-
-
-def _are_dialogues(row: Row) -> bool:
-    return _is_pair(row) and texts.is_dialogue(row["chosen"]) and texts.is_dialogue(row["rejected"])
 
 
 def _from_dialogues(row: Row, context: Context) -> Record:
@@ -174,11 +165,6 @@ def _from_pair(row: Row, context: Context) -> Record:
 # Rankings.
 
 
-def _is_ranking(row: Row) -> bool:
-    key = first(row, RESPONSES)
-    return key is not None and isinstance(row[key], list | tuple)
-
-
 def _from_ranking(row: Row, context: Context) -> Record:
     key = str(first(row, RESPONSES))
     if len(row[key]) < 2:
@@ -186,7 +172,12 @@ def _from_ranking(row: Row, context: Context) -> Record:
     column, verdicts = _verdicts(row, key)
     if len(verdicts) != len(row[key]):
         raise DataError(f'"{key}" holds {len(row[key])} answers and "{column}" {len(verdicts)} values')
-    scores = [_scored(column, k, verdict) for k, verdict in enumerate(verdicts)]
+    scores = []
+    for k, verdict in enumerate(verdicts):
+        try:
+            scores.append(SIGNALS[VERDICTS[column]](verdict))
+        except DataError as error:
+            raise DataError(f'"{column}[{k}]": {error.message}') from None
     prompt, answers = columns.fit_answers(row, {f"{key}[{k}]": answer for k, answer in enumerate(row[key])})
     return ranking(replace(context, prompt=prompt), answers, scores)
 
@@ -201,13 +192,6 @@ def _verdicts(row: Row, key: str) -> tuple[str, list[Any]]:
         if inside:
             return inside, [answer[inside] for answer in row[key]]
     raise DataError(f'"{key}" has neither "ranks" nor "scores" beside it, nor a rank or score in each answer')
-
-
-def _scored(column: str, k: int, verdict: Any) -> float:
-    try:
-        return SIGNALS[VERDICTS[column]](verdict)
-    except DataError as error:
-        raise DataError(f'"{column}[{k}]": {error.message}') from None
 
 
 # Single answers, judged or to imitate.
@@ -225,27 +209,20 @@ def _is_judged(row: Row) -> bool:
     label, answer = _label_key(row), _answer_key(row)
     if label is None or answer is None:
         return False
-    return answer in ("completion", *CONVERSATIONS) or _is_truth(row[label])
+    return answer in ("completion", *CONVERSATIONS) or as_truth(row[label]) is not None
 
 
 def _label_key(row: Row) -> str | None:
     return next((key for key in LABELS if key in row), None)
 
 
-def _is_truth(value: Any) -> bool:
-    try:
-        truth(value)
-    except DataError:
-        return False
-    return True
-
-
 def _from_judged(row: Row, context: Context) -> Record:
     key = str(_label_key(row))
-    if not _is_truth(row[key]):
+    label = as_truth(row[key])
+    if label is None:
         raise texts.mistyped(key, row[key], "true or false (rename the column if it does not judge the answer)")
     prompt, completion = _answered(row)
-    return Unpaired(**about_prompt(context, prompt=prompt), completion=completion, label=truth(row[key]))
+    return Unpaired(**about_prompt(context, prompt=prompt), completion=completion, label=label)
 
 
 def _from_demonstration(row: Row, context: Context) -> Record:
@@ -274,7 +251,7 @@ def _from_text(row: Row, context: Context) -> Record:
 FORMATS: dict[str, Format] = {
     "dialogues": Format(
         r'{"chosen": "\n\nHuman: …\n\nAssistant: …", "rejected": the same with another last answer}',
-        _are_dialogues,
+        lambda row: _is_pair(row) and all(texts.is_dialogue(row[side]) for side in SIDES),
         _from_dialogues,
     ),
     "conversations": Format(
@@ -296,7 +273,7 @@ FORMATS: dict[str, Format] = {
     "ranking": Format(
         '{"prompt": …, "responses": [… 2 or more …], "ranks": [1, …]}; also "scores", or answers as '
         '{"text": …, "score": …}',
-        _is_ranking,
+        lambda row: isinstance(row.get(first(row, RESPONSES) or ""), list | tuple),
         _from_ranking,
     ),
     "judged": Format(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.data.formats import accepted_shapes, parse_prompt, parse_row
-from mlx_dpo.data.records import KINDS, Context, Record, kind_of
+from mlx_dpo.data.records import KINDS, Context, Record, first_few, kind_of
 from mlx_dpo.data.signals import CONVERSIONS
 from mlx_dpo.data.sources import SPLITS, Row, json_type, one_split, read_splits
 from mlx_dpo.errors import DataError, UsageError
@@ -199,11 +199,10 @@ def _why_empty(converted: Iterable[str]) -> str:
 
 def _listed(there: Mapping[str, Sequence[Row]]) -> str:
     """`300 pair rows (line 1, line 2, line 3, …), 1 ranking row (line 7)`."""
-    listed = []
-    for kind, rows in there.items():
-        some = ", ".join(row.place for row in rows[:3]) + (", …" if len(rows) > 3 else "")
-        listed.append(f"{len(rows)} {kind} {'row' if len(rows) == 1 else 'rows'} ({some})")
-    return ", ".join(listed)
+    return ", ".join(
+        f"{len(rows)} {kind} {'row' if len(rows) == 1 else 'rows'} ({first_few([row.place for row in rows])})"
+        for kind, rows in there.items()
+    )
 
 
 def _bad_rows(errors: Sequence[Row], rows: Sequence[Row]) -> DataError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -88,3 +88,8 @@ KINDS: dict[str, type] = {
 def kind_of(record: Record) -> str:
     """The name of a record's kind in `KINDS`."""
     return next(name for name, kind in KINDS.items() if isinstance(record, kind))
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """`1, 2, 3, …`: some of the rows that a message is about, by name."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -22,9 +22,14 @@ _WORDS = {
 }
 
 
+def as_truth(value: Any) -> bool | None:
+    """A verdict as data sets spell it: true, 1, 1.0, "yes", "good" or false, 0, -1, "no", "bad"; None for all else."""
+    return _WORDS.get(str(value).strip().lower())
+
+
 def truth(value: Any) -> bool:
-    """A verdict as data sets spell it: true, 1, 1.0, "yes", "good" or false, 0, -1, "no", "bad"; else a DataError."""
-    verdict = _WORDS.get(str(value).strip().lower())
+    """The same where it must be a verdict: anything else is a DataError."""
+    verdict = as_truth(value)
     if verdict is None:
         raise DataError(f"{value!r} is neither true nor false")
     return verdict
@@ -51,11 +56,7 @@ def is_json(text: str) -> float:
 
 
 def matches(pattern: str) -> Signal:
-    """The signal that is 1 where the whole answer, whitespace around it aside, has the format of a regular expression.
-
-    Raises:
-        UsageError: the pattern is none.
-    """
+    """The signal that is 1 where the whole answer, whitespace around it aside, matches a regular expression, else 0."""
     try:
         expression = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -73,11 +74,7 @@ SIGNALS: dict[str, Signal] = {
 
 
 def signal(name: str) -> Signal:
-    """A signal of `SIGNALS` by name, or `regex:PATTERN`.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
+    """A signal of `SIGNALS` by name, or `regex:PATTERN`; a UsageError where there is none of this name."""
     if name.startswith("regex:"):
         return matches(name.removeprefix("regex:"))
     if name not in SIGNALS:

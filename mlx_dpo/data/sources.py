@@ -42,11 +42,7 @@ class Row(NamedTuple):
 
 
 def one_split(source: str | Path, rows: Mapping[str, list[Row]], split: str) -> list[Row]:
-    """The rows of one split, out of those that `read_splits` gave for the source.
-
-    Raises:
-        DataError: the source has no such split.
-    """
+    """The rows of one split, out of those that `read_splits` gave for the source; a DataError where it has no such."""
     if split not in rows:
         raise DataError(
             f"{source} has no {split} split (there: {', '.join(rows) or 'none'})",

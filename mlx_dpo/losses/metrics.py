@@ -124,7 +124,6 @@ def kendall_tau(rewards: mx.array, rank: mx.array) -> tuple[mx.array, mx.array]:
     τ-b = (C - D) / √((P - T_rank)(P - T_reward)): C pairs ordered alike, D otherwise, P all pairs, T those tied in one
     order. A row all of whose answers are tied in one of the orders has no τ: 0, with `defined` 0.
     Kendall 1945, "The treatment of ties in ranking problems".
-
     Example: rewards 3, 1, 2 for ranks 1, 2, 3: C = 2, D = 1, P = 3: 1/3.
     """
     present = rank > 0
