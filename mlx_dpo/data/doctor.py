@@ -145,7 +145,7 @@ def _duplicates(records: Sequence[Record]) -> tuple[str, ...]:
 
 def _contradictions(pairs: Sequence[PreferencePair]) -> tuple[tuple[str, str], ...]:
     """Pairs of rows of which one prefers what the other rejects; each later row is named with the first against it."""
-    seen: dict[tuple[str, str, str], str] = {}
+    seen: dict[tuple[str, str, str], str] = {}  # what was preferred to what, and the first row that said so
     against = []
     for pair in pairs:
         prompt, chosen, rejected = prompt_key(pair), flat(pair.chosen), flat(pair.rejected)

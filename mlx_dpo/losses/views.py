@@ -145,7 +145,10 @@ def mismatched_kl(log_ratio: mx.array) -> mx.array:
 
 
 def demonstrations(answers: Answers, config: LossConfig) -> Demonstrations:
-    """The view of answer 0 alone: the demonstration, the chosen or the best answer."""
+    """The view of answer 0 alone: the demonstration, the chosen or the best answer.
+
+    Summed without LD-DPO's weights: imitation compares no lengths, so its term of a mix keeps every token.
+    """
     return Demonstrations(
         policy=(answers.tokens[:, 0] * answers.mask[:, 0]).sum(axis=-1),
         length=answers.length[:, 0],
