@@ -112,7 +112,7 @@ class SpeedConfig:
 
     shared_prompt: bool = True  # a prompt is read once for all its answers
     prefill_step_size: int | None = None  # tokens read at a time; 0: all; null: 128 on a CPU, 512 on Metal
-    length_buckets: bool = True  # sequences of like length are read together, so that little is padding
+    length_buckets: bool = True  # sequences are read in buckets of similar length, so that little is padding
     chunked_logits: bool = True  # logits in chunks, and never kept
     activation_cache: bool = True  # the frozen blocks' output is computed once a row, and kept
     activation_cache_memory_gb: float = 2.0  # room for it in memory

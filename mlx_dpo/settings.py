@@ -1,4 +1,7 @@
-"""Configuration files, flags and assignments to settings and back: merged, typed, all that is wrong said at once."""
+"""Configuration files, flags and assignments to settings and back: merged, typed, all that is wrong said at once.
+
+What there is to set, its types and defaults, is read from the dataclasses of config.py: nothing is listed twice.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ class Given(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """One field of a section: the type it was declared with, its default, and the comment beside it."""
+    """One field of a section: the type it was declared with, its default, and the comment beside it as its help."""
 
     key: str
     kind: Any
@@ -46,6 +49,7 @@ def resolve(file: Path | None = None, flags: Iterable[Given] = (), assignments: 
             are listed, each with the file and key path or the flag it came from.
     """
     wrong: list[str] = []
+    # Later ones win. Each is judged, even where a later one wins over it: a wrong line in a file is wrong all the same.
     given = [*(_read_file(file, wrong) if file else ()), *flags, *_read_assignments(assignments, wrong)]
     values: dict[str, Any] = {}
     said: dict[str, str] = {}
@@ -257,7 +261,7 @@ def _suggestion(key: str) -> str:
     """`; did you mean …?` for a key in the wrong section or mistyped; else what there is."""
     known = list(known_settings())
     last = key.rsplit(".", 1)[-1]
-    near = (
+    near = (  # the first that finds something: an earlier name, the right name elsewhere, a section, one mistyped
         [RENAMED[name] for name in (key, f"speed.{key}") if name in RENAMED]
         or [name for name in known if name == key or name.endswith(f".{last}")]
         or ("." not in key and difflib.get_close_matches(key, SECTIONS, n=1, cutoff=0.7))
@@ -299,39 +303,35 @@ def _convert(value: Any, kind: Any) -> Any:
         raise ValueError(f"{name} or null" if optional else name) from None
 
 
+def _of(kind: type, *refused: type) -> Callable[[Any], Any]:
+    """Converts to `kind`; what Python would convert in silence (True to 1, 8.5 to 8) is a ValueError."""
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, refused):
+            raise ValueError
+        return kind(value)
+
+    return convert
+
+
 def _text(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError
     return value
 
 
-def _whole_number(value: Any) -> int:
-    if isinstance(value, (bool, float)):
-        raise ValueError
-    return int(value)
-
-
-def _number(value: Any) -> float:
-    if isinstance(value, bool):
-        raise ValueError
-    return float(value)
-
-
 def _truth(value: Any) -> bool:
-    if str(value).lower() not in ("true", "false"):
-        raise ValueError
-    return str(value).lower() == "true"
+    return ("false", "true").index(str(value).lower()) == 1
 
 
 def _names(value: Any) -> tuple[str, ...]:
-    parts = value.split(",") if isinstance(value, str) else value
-    return tuple(_text(part).strip() for part in parts)
+    return tuple(_text(part).strip() for part in (value.split(",") if isinstance(value, str) else value))
 
 
 CONVERTERS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str: ("text (in quotes if it looks like a number)", _text),
-    int: ("a whole number", _whole_number),
-    float: ("a number", _number),
+    int: ("a whole number", _of(int, bool, float)),
+    float: ("a number", _of(float, bool)),
     bool: ("true or false", _truth),
     tuple: ("a list of names", _names),
 }

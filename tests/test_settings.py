@@ -10,7 +10,7 @@ import yaml
 
 from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mlx_dpo.errors import UsageError
-from mlx_dpo.settings import READERS, RULES, SECTIONS, Given, check_config, known_settings, resolve, to_yaml
+from mlx_dpo.settings import READERS, RENAMED, RULES, SECTIONS, Given, check_config, known_settings, resolve, to_yaml
 
 
 def written(folder: Path, text: str) -> Path:
@@ -107,6 +107,23 @@ def test_what_cannot_be_a_setting_is_refused_with_file_and_key_path(tmp_path: Pa
     message = refusal(tmp_path, text)
     assert message.startswith(str(tmp_path / "run.yaml"))
     assert said in message
+
+
+@pytest.mark.parametrize(("earlier", "today"), RENAMED.items())
+def test_settings_of_earlier_versions_are_refused_with_their_name_of_today(
+    tmp_path: Path, earlier: str, today: str
+) -> None:
+    section, name = earlier.split(".")
+    said = f"unknown setting; did you mean {today}?"
+    file = tmp_path / "run.yaml"
+    assert refusal(tmp_path, f"{section}: {{{name}: 1}}") == f"{file}: {earlier}: {said}"
+    with pytest.raises(UsageError) as refused:
+        resolve(assignments=[f"{earlier}=1"])
+    assert refused.value.message == f"--set {earlier}=1: {said}"
+    with pytest.raises(UsageError) as refused:
+        resolve(assignments=[f"{name}=1"])  # the section forgotten as well
+    assert refused.value.message == f"--set {name}=1: {said}"
+    assert today in known_settings() and earlier not in known_settings()
 
 
 def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
+from mlx_dpo import settings
 from mlx_dpo.cli.console import show_warning, stderr, stdout
 from mlx_dpo.cli.flags import Asked, with_settings
 from mlx_dpo.cli.options import SCORED_DATA, require
-from mlx_dpo.config import RunConfig
-from mlx_dpo.errors import UsageError
-from mlx_dpo.settings import resolve
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-    from mlx_dpo.data.load import Splits
-    from mlx_dpo.data.preview import Preview
+from mlx_dpo.config import ModelConfig, RunConfig
+from mlx_dpo.data.doctor import examine
+from mlx_dpo.data.load import Splits, load_splits
+from mlx_dpo.data.preview import Preview, preview
+from mlx_dpo.data.tokenize import encode_records
+from mlx_dpo.errors import ModelError, UsageError
 
 STYLES = {"prompt": "", "scored": "green", "cut": "red strike"}
 
@@ -36,12 +36,10 @@ def check(asked: Asked, preview: Rows = 0) -> None:
     Every row that cannot be used is named with its line. With --model the tokens
     are counted, and --preview shows what is prompt, what is scored, what was cut.
     """
-    config = resolve(*asked)
+    config = settings.resolve(*asked)
     require(config, "--data")
     if preview and not config.model.path:
         raise UsageError("--preview needs a --model, whose tokenizer and chat template it shows")
-
-    from mlx_dpo.data.load import load_splits
 
     splits = load_splits(config.data.path, valid_fraction=0)
     show_rows(splits)
@@ -51,8 +49,6 @@ def check(asked: Asked, preview: Rows = 0) -> None:
 
 def show_rows(splits: Splits) -> None:
     """What each split holds, and what in it deserves a look."""
-    from mlx_dpo.data.doctor import examine
-
     for name, records in splits._asdict().items():
         if records:
             report = examine(records, splits.valid if name == "train" else ())
@@ -69,10 +65,7 @@ def show_rows(splits: Splits) -> None:
 
 def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
     """What tokenizing makes of each split, and a look at the first rows."""
-    from mlx_dpo.data.preview import load_tokenizer, preview
-    from mlx_dpo.data.tokenize import encode_records
-
-    tokenizer = load_tokenizer(config.model)
+    tokenizer = _load_tokenizer(config.model)
     for name, records in splits._asdict().items():
         if records:
             _, report = encode_records(records, tokenizer, config.data)
@@ -86,11 +79,21 @@ def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
         stdout().print(draw(preview(record, tokenizer, config.data)))
 
 
+def _load_tokenizer(config: ModelConfig) -> Any:
+    """The tokenizer with its chat template alone: looking at data needs no weights, which may not even be here."""
+    from transformers import AutoTokenizer
+
+    from mlx_dpo.models.load import resolve
+
+    folder = resolve(config.path, config.revision, weights=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # transformers and the model's own code raise of every kind
+        raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", "fetch the model again") from error
+
+
 def draw(row: Preview) -> Table:
     """The pieces of a row one below the other; colours say the same as the words beside them."""
-    from rich.table import Table
-    from rich.text import Text
-
     title = f"row {row.id}" + (", dropped: no scored token is left" if row.dropped else "")
     table = Table(title=title, title_justify="left", title_style="bold", expand=True, show_lines=True)
     table.add_column("answer")

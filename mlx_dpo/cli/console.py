@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
 
 from mlx_dpo.errors import MlxDpoError
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def stderr() -> Console:
     """The console for people; colours, bars and lines of its width only where it is a terminal."""
-    from rich.console import Console
-
     return Console(stderr=True, highlight=False, soft_wrap=not sys.stderr.isatty())
 
 
 def stdout() -> Console:
     """The console for results that people read; what programs read is printed plainly."""
-    from rich.console import Console
-
     return Console(highlight=False)
 
 
 def show_error(error: MlxDpoError) -> None:
     """What is wrong, and below it what to do."""
-    from rich.text import Text
-
     console = stderr()
+    # As Text and not as a string: rich would take "[full]" in a message for its markup and swallow it.
     console.print(Text.assemble(("error: ", "bold red"), error.message))
     if error.remedy:
         console.print(Text(error.remedy, style="dim"))
@@ -37,6 +31,4 @@ def show_error(error: MlxDpoError) -> None:
 
 def show_warning(console: Console, text: str) -> None:
     """Something that the user should look at."""
-    from rich.text import Text
-
     console.print(Text.assemble(("warning: ", "bold yellow"), text))

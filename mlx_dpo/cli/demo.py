@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
 
 from mlx_dpo.cli.console import stderr, stdout
 from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 DATA = Path(str(files("mlx_dpo"))) / "demo" / "data"
 SHOWN = (0, 5, 27, 44)
-"""Places of the unseen prompts that are answered before and after."""
+"""Row indices of the unseen prompts that are answered before and after."""
 LONGEST_ANSWER = 60
 MEASURES = {
     "by the answer's log-prob per token": "logps/accuracies_per_token",
@@ -97,14 +98,12 @@ def show_answers(config: RunConfig) -> None:
     loaded = load(config.model)
     lora.load(loaded.model, config.train.output)
     prompts = load_prompts(DATA / "test.jsonl")
-    for place in SHOWN:
-        show_comparison(loaded, prompts[place].prompt, {"max_tokens": LONGEST_ANSWER})
+    for i in SHOWN:
+        show_comparison(loaded, prompts[i].prompt, {"max_tokens": LONGEST_ANSWER})
 
 
 def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
     """How many of the held-out pairs are ranked right, with 95 % intervals."""
-    from rich.table import Table
-
     from mlx_dpo.losses.metrics import wilson_interval
 
     table = Table(title=f"{after['rows']} unseen pairs ranked right", title_justify="left", title_style="bold")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from mlx_dpo.cli.console import stderr
 from mlx_dpo.cli.flags import Asked, with_settings
-from mlx_dpo.cli.fuse import MODEL, NOTES, Verify
-from mlx_dpo.cli.options import SCORED_DATA, Quiet, require
-from mlx_dpo.config import DataConfig, RunConfig
-from mlx_dpo.settings import resolve
+from mlx_dpo.cli.fuse import MODEL, NOTES, Rows, Verify, exporting
+from mlx_dpo.cli.options import SCORED_DATA, Quiet
 
 if TYPE_CHECKING:
     from mlx_dpo.gguf.verify import VerifyReport
@@ -34,10 +32,8 @@ Each checks what it wrote in the program that it is for, where that is installed
 
 app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True)
 
-ROWS = "Rows to compare on."
 File = Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")]
-Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help=ROWS)]
 OutType = Annotated[
     str,
     typer.Option("--outtype", metavar="WORD", help="f16, f32, bf16, q8_0, q4_1 (the base's own bits), or a K-quant."),
@@ -65,13 +61,10 @@ def gguf(
     asked: Asked, output: File, outtype: OutType = "f16", verify: Verify = True, rows: Rows = 4, quiet: Quiet = False
 ) -> None:
     """Write base and adapter as one GGUF file, for llama.cpp and all that is built on it."""
-    config, rest = _settings(asked, verify, rows)
+    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
+        from mlx_dpo.export.gguf import export_gguf
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.export.gguf import export_gguf
-
-    with show_progress(quiet=quiet) as on_event:
-        report = export_gguf(config.model, _adapter(config), output, outtype=outtype, on_event=on_event, **rest)
+        report = export_gguf(model, adapter, output, outtype=outtype, **options)
     _tell_check(report.verified, quiet)
     print(report.path)
 
@@ -87,13 +80,10 @@ def gguf_adapter(
     quiet: Quiet = False,
 ) -> None:
     """Write the adapter alone as a GGUF file, for `llama-cli --lora`."""
-    config, rest = _settings(asked, verify, rows)
+    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
+        from mlx_dpo.export.gguf import export_gguf_adapter
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.export.gguf import export_gguf_adapter
-
-    with show_progress(quiet=quiet) as on_event:
-        report = export_gguf_adapter(config.model, _adapter(config), output, dtype=outtype, on_event=on_event, **rest)
+        report = export_gguf_adapter(model, adapter, output, dtype=outtype, **options)
     _tell_check(report.verified, quiet)
     print(report.path)
 
@@ -109,13 +99,10 @@ def peft(
     quiet: Quiet = False,
 ) -> None:
     """Write the adapter as a PEFT folder, for transformers, vLLM and others."""
-    config, rest = _settings(asked, verify, rows)
+    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
+        from mlx_dpo.export.peft import export_peft
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.export.peft import export_peft
-
-    with show_progress(quiet=quiet) as on_event:
-        report = export_peft(config.model, _adapter(config), output, base_model=base_model, on_event=on_event, **rest)
+        report = export_peft(model, adapter, output, base_model=base_model, **options)
     if not quiet:
         for found in report.verified:
             stderr().print(
@@ -137,15 +124,10 @@ def ollama(
     quiet: Quiet = False,
 ) -> None:
     """Write a fused GGUF file and a Modelfile for Ollama, and the commands that make it known there."""
-    config, rest = _settings(asked, verify, rows)
+    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
+        from mlx_dpo.export.ollama import export_ollama
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.export.ollama import export_ollama
-
-    with show_progress(quiet=quiet) as on_event:
-        report = export_ollama(
-            config.model, _adapter(config), output, name=name, outtype=outtype, on_event=on_event, **rest
-        )
+        report = export_ollama(model, adapter, output, name=name, outtype=outtype, **options)
     _tell_check(report.verified, quiet)
     if not quiet and not report.has_template:
         stderr().print("the chat template has no known counterpart; Ollama reads the one inside the GGUF file")
@@ -165,15 +147,10 @@ def lmstudio(
     quiet: Quiet = False,
 ) -> None:
     """Write a fused GGUF file where LM Studio finds it."""
-    config, rest = _settings(asked, verify, rows)
+    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
+        from mlx_dpo.export.lmstudio import export_lmstudio
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.export.lmstudio import export_lmstudio
-
-    with show_progress(quiet=quiet) as on_event:
-        report = export_lmstudio(
-            config.model, _adapter(config), name, publisher=publisher, outtype=outtype, on_event=on_event, **rest
-        )
+        report = export_lmstudio(model, adapter, name, publisher=publisher, outtype=outtype, **options)
     _tell_check(report.verified, quiet)
     print(report.gguf)
 
@@ -190,18 +167,6 @@ def hub(folder: RunFolder, repo: Repo, public: Public = False, dry_run: DryRun =
         print(f"{size / 1e6:10.2f} MB  {name}")
     where = report.url or f"{report.repo} ({'private' if report.private else 'public'}; nothing was sent)"
     print(where)
-
-
-def _settings(asked: Asked, verify: bool, rows: int) -> tuple[RunConfig, dict[str, Any]]:
-    """The settings, and the arguments about checking that all exports share."""
-    config = resolve(*asked)
-    require(config, "--model", "--adapter")
-    data: DataConfig | None = config.data if config.data.path else None
-    return config, {"verify": verify, "data": data, "rows": rows}
-
-
-def _adapter(config: RunConfig) -> str:
-    return config.model.adapter or ""
 
 
 def _tell_check(found: VerifyReport | None, quiet: bool) -> None:

@@ -54,7 +54,9 @@ def with_settings(
             given = []
             for setting in wanted:
                 value = values.pop(_parameter(setting))
-                if value is not None:
+                if (
+                    value is not None
+                ):  # not given is None whatever the default: a flag left out must not win over the file
                     typed = not setting.default if value is True else value
                     given.append(Given(flag_names(setting)[0], setting.key, typed))
             verb(Asked(values.pop("config"), given, values.pop("assignments")), **values)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mlx_dpo.cli.console import stderr
 from mlx_dpo.cli.flags import Asked, with_settings
 from mlx_dpo.cli.options import SCORED_DATA, Quiet, require
-from mlx_dpo.config import Dtype
+from mlx_dpo.config import Dtype, ModelConfig
 from mlx_dpo.settings import resolve
 
 if TYPE_CHECKING:
@@ -42,6 +44,23 @@ Verify = Annotated[
 Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Rows to compare on.")]
 
 
+@contextmanager
+def exporting(asked: Asked, verify: bool, rows: int, quiet: bool) -> Iterator[tuple[ModelConfig, str, dict[str, Any]]]:
+    """What every export takes: the model, its adapter, and how it is to check and tell what it does.
+
+    The flags are judged before the caller imports the export, so that a mistyped one is refused at once.
+    """
+    config = resolve(*asked)
+    require(config, "--model", "--adapter")
+
+    from mlx_dpo.cli.progress import show_progress
+
+    with show_progress(quiet=quiet) as on_event:
+        data = config.data if config.data.path else None
+        options = {"verify": verify, "data": data, "rows": rows, "on_event": on_event}
+        yield config.model, config.model.adapter or "", options
+
+
 @with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
 def fuse(
     asked: Asked,
@@ -64,18 +83,13 @@ def fuse(
 
     Rounding to few bits can round the tuning away; how much is measured and said.
     """
-    config = resolve(*asked)
-    require(config, "--model", "--adapter")
+    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
+        from mlx_dpo.export.fuse import fuse
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.export.fuse import fuse
-
-    with show_progress(quiet=quiet) as on_event:
         report = fuse(
-            config.model, config.model.adapter or "", output,
+            model, adapter, output,
             dtype=dtype, quantize_bits=quantize_bits, quantize_group_size=quantize_group_size,
-            quantize_mode=quantize_mode, keep_adapted_bits=keep_adapted_bits, verify=verify,
-            data=config.data if config.data.path else None, rows=rows, on_event=on_event,
+            quantize_mode=quantize_mode, keep_adapted_bits=keep_adapted_bits, **options,
         )  # fmt: skip
     if not quiet:
         show_report(report)

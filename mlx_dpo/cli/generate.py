@@ -8,6 +8,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
 
 from mlx_dpo.cli.console import stdout
 from mlx_dpo.cli.flags import Asked, with_settings
@@ -15,8 +18,6 @@ from mlx_dpo.cli.options import ADAPTER, Json, require
 from mlx_dpo.settings import resolve
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mlx_dpo.models.load import LoadedModel
     from mlx_dpo.sampling.generate import Prompt
 
@@ -65,10 +66,6 @@ def generate(
 
 def side_by_side(prompt: str, base: str, tuned: str) -> Table:
     """A prompt over its two answers."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=Text(prompt, style="bold"), title_justify="left", box=SIMPLE_HEAD, expand=True, padding=(0, 1))
     table.add_column("before", ratio=1, style="dim")
     table.add_column("after", ratio=1)
@@ -106,10 +103,10 @@ def show_comparison(loaded: LoadedModel, question: Prompt, how: dict[str, Any]) 
     console = stdout()
     with Live(side_by_side(title, **said), console=console, vertical_overflow="visible") as live:
 
-        def hear(side: str, text: str) -> None:
+        def show(side: str, text: str) -> None:
             said[side] += text
             live.update(side_by_side(title, **said))
 
-        list(compare(loaded, [question], **how, on_token=hear))
+        list(compare(loaded, [question], **how, on_token=show))
     if not console.is_terminal:
         console.print()  # where nothing is drawn twice, Live leaves the last line open

@@ -38,6 +38,7 @@ def train(asked: Asked, resume: Resume = False, quiet: Quiet = False) -> None:
 
 def run_training(asked: Asked, *, resume: bool, quiet: bool) -> None:
     """Trains as asked, with progress and the result on standard error and the run folder on standard output."""
+    # A run that goes on takes its own config.yaml, so that --resume needs no flag repeated; flags still win over it.
     config = resolve(asked.file or (_recorded(asked) if resume else None), asked.flags, asked.assignments)
     require(config, "--model", "--data")
 

@@ -20,8 +20,8 @@ class Batch(NamedTuple):
     `prompt [R, P]`, `prompt_length [R]`; `completion [R, K, C]`, `completion_length [R, K]` (0 where a row has fewer
     than K answers); `tokens [R·K, T]` each answer's whole sequence and `tokens_length [R·K]`; `mask [R, K, C]` 1 on
     scored completion tokens (the first token of a sequence without a prompt has nothing to be predicted from);
-    `rank [R, K]` (0: no such answer); `label [R]`; `index [R]` places in the data set; `shares_prompt`: every answer
-    continues its row's whole prompt.
+    `rank [R, K]` (0: no such answer); `label [R]`; `index [R]` row indices in the data set; `shares_prompt`: every
+    answer continues its row's whole prompt.
     """
 
     prompt: np.ndarray
@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     shares_prompt: bool
 
 
-def make_batch(rows: Sequence[TokenizedRow], index: Sequence[int]) -> Batch:
-    """Pads rows into arrays; `index` are their places in the data set."""
+def make_batch(rows: Sequence[TokenizedRow], row_indices: Sequence[int]) -> Batch:
+    """Pads rows into arrays; `row_indices` are theirs in the data set."""
     count, answers = len(rows), max(len(row.completions) for row in rows)
     prompt = np.zeros((count, max(len(row.prompt) for row in rows)), np.int32)
     longest = max(len(ids) for row in rows for ids in row.completions)
@@ -51,7 +51,7 @@ def make_batch(rows: Sequence[TokenizedRow], index: Sequence[int]) -> Batch:
         prompt[r, : len(row.prompt)] = row.prompt
         for k in range(answers):
             if k >= len(row.completions):
-                sequences.append([0])
+                sequences.append([0])  # one token of padding: of none there would be no last position to index
                 continue
             ids, context = row.completions[k], row.context(k)
             completion[r, k, : len(ids)] = ids
@@ -72,7 +72,7 @@ def make_batch(rows: Sequence[TokenizedRow], index: Sequence[int]) -> Batch:
         mask=mask,
         rank=rank,
         label=np.array([row.label for row in rows], np.int32),
-        index=np.array(index, np.int32),
+        index=np.array(row_indices, np.int32),
         shares_prompt=all(row.shares_prompt for row in rows),
     )
 
@@ -120,21 +120,22 @@ def mismatched(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -
 def order_batches(
     rows: Sequence[TokenizedRow], batch_size: int, *, seed: int, epoch: int, shuffle: bool
 ) -> list[list[int]]:
-    """The micro-batches of one epoch as places in the data set: a pure function of its arguments, so a run can resume.
+    """The micro-batches of one epoch as row indices: a pure function of its arguments, so a run can resume.
 
     Every row comes exactly once. Shuffled, rows are dealt at random into windows, sorted by number of answers and by
-    length inside a window, cut into batches, and the batches shuffled again: batches of like length, other ones in
-    every epoch, and no drift from short to long (which hurts learning). The last batch may be smaller.
+    length inside a window, cut into batches, and the batches shuffled again: little padding, other batches in every
+    epoch, and no drift from short to long (which hurts learning). The last batch may be smaller.
     """
-    places = list(range(len(rows)))
+    row_indices = list(range(len(rows)))
     if not shuffle:
-        return [places[i : i + batch_size] for i in range(0, len(places), batch_size)]
-    random = np.random.default_rng([seed, epoch])
-    random.shuffle(places)
+        return [row_indices[i : i + batch_size] for i in range(0, len(row_indices), batch_size)]
+    random = np.random.default_rng([seed, epoch])  # no running state: a resumed run has not drawn the earlier epochs
+    random.shuffle(row_indices)
     window = WINDOW * batch_size
     batches: list[list[int]] = []
-    for start in range(0, len(places), window):
-        part = sorted(places[start : start + window], key=lambda i: (len(rows[i].completions), own_length(rows[i])))
+    for start in range(0, len(row_indices), window):
+        part = row_indices[start : start + window]
+        part.sort(key=lambda i: (len(rows[i].completions), own_length(rows[i])))
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     random.shuffle(batches)
     return batches

@@ -11,9 +11,7 @@ from statistics import fmean
 from typing import TypeVar
 
 from mlx_dpo.data.load import prompt_key
-from mlx_dpo.data.records import PreferencePair, Record, Text, Unpaired, kind_of
-
-LONGEST = 5  # rows that are named as the longest
+from mlx_dpo.data.records import PreferencePair, Record, Text, first_few, kind_of
 
 LENGTH_BIAS = 0.15  # how far from a half the share of longer chosen answers may be before it is worth a word
 
@@ -30,12 +28,10 @@ class Report:
     kinds: dict[str, int]
     shapes: dict[str, int]  # rows by the shape they were written in (data/formats.py)
     prompts: int  # different ones
-    judged_good: int  # unpaired rows with a true label
     mean_prompt: float
     mean_first: float  # first answers: the chosen, the best of a ranking, the only one
     mean_last: float  # last answers: the rejected, the worst of a ranking, the only one
     longer_chosen: float | None  # share of pairs whose chosen answer is the longer one, of those that differ in length
-    longest: tuple[tuple[str, int], ...]  # the longest rows: id and length of the prompt and its longest answer
     duplicates: tuple[str, ...]  # say the same as an earlier row
     contradictions: tuple[tuple[str, str], ...]  # the second prefers what the first rejects, of two answers
     identical: tuple[str, ...]  # chosen equals rejected: nothing to learn
@@ -59,7 +55,7 @@ class Report:
             (self.control_tokens, "rows have control tokens of a chat template typed into their text"),
             (self.shared_prompts, "rows have a prompt that is among the validation rows too"),
         )
-        said = [f"{len(ids)} of {self.rows} {what} ({_some(ids)})" for ids, what in suspicions if ids]
+        said = [f"{len(ids)} of {self.rows} {what} ({first_few(ids)})" for ids, what in suspicions if ids]
         if self.longer_chosen is not None and abs(self.longer_chosen - 0.5) > LENGTH_BIAS:
             way = "longer" if self.longer_chosen > 0.5 else "shorter"
             share = max(self.longer_chosen, 1 - self.longer_chosen)
@@ -72,19 +68,16 @@ def examine(records: Sequence[Record], valid: Sequence[Record] = ()) -> Report:
     pairs = [record for record in records if isinstance(record, PreferencePair)]
     differences = [length(pair.chosen) - length(pair.rejected) for pair in pairs]
     longer = [difference > 0 for difference in differences if difference]
-    sizes = [(record.id, length(record.prompt) + max(map(length, record.completions))) for record in records]
     held_out = {prompt_key(record) for record in valid}
     return Report(
         rows=len(records),
         kinds=dict(Counter(map(kind_of, records))),
         shapes=dict(Counter(record.shape for record in records)),
         prompts=len(set(map(prompt_key, records))),
-        judged_good=sum(isinstance(record, Unpaired) and record.label for record in records),
         mean_prompt=_mean([length(record.prompt) for record in records]),
         mean_first=_mean([length(record.completions[0]) for record in records]),
         mean_last=_mean([length(record.completions[-1]) for record in records]),
         longer_chosen=fmean(longer) if longer else None,
-        longest=tuple(sorted(sizes, key=lambda size: -size[1])[:LONGEST]),
         duplicates=_duplicates(records),
         contradictions=_contradictions(pairs),
         identical=_named(pairs, lambda pair: pair.chosen == pair.rejected),
@@ -113,10 +106,6 @@ def length(text: Text) -> int:
 
 def _mean(values: Sequence[int]) -> float:
     return fmean(values) if values else 0.0
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (", …" if len(ids) > 3 else "")
 
 
 def _named(records: Sequence[AnyRecord], suspicious: Callable[[AnyRecord], bool]) -> tuple[str, ...]:
@@ -156,7 +145,7 @@ def _duplicates(records: Sequence[Record]) -> tuple[str, ...]:
 
 def _contradictions(pairs: Sequence[PreferencePair]) -> tuple[tuple[str, str], ...]:
     """Pairs of rows of which one prefers what the other rejects; each later row is named with the first against it."""
-    seen: dict[tuple[str, str, str], str] = {}
+    seen: dict[tuple[str, str, str], str] = {}  # what was preferred to what, and the first row that said so
     against = []
     for pair in pairs:
         prompt, chosen, rejected = prompt_key(pair), flat(pair.chosen), flat(pair.rejected)

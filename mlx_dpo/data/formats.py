@@ -6,32 +6,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.columns import (
-    PROMPTS,
-    Row,
-    first,
-    fit_answers,
-    has,
-    listed_keys,
-    plain,
-    read_context,
-    read_prompt,
-    with_system,
-)
+from mlx_dpo.data import columns, texts
+from mlx_dpo.data.columns import PROMPTS, Row, first, has
 from mlx_dpo.data.records import Context, Demonstration, Message, PreferencePair, Record, Text, Unpaired
-from mlx_dpo.data.signals import SIGNALS, about_prompt, ranking, truth
-from mlx_dpo.data.texts import (
-    common_prefix,
-    dialogue_messages,
-    found,
-    is_conversation,
-    is_dialogue,
-    mistyped,
-    read_messages,
-    read_text,
-    starts_with,
-)
+from mlx_dpo.data.signals import SIGNALS, about_prompt, as_truth, ranking
 from mlx_dpo.errors import DataError
+
+SIDES = ("chosen", "rejected")
 
 CONVERSATIONS = ("messages", "conversations")
 """Columns that hold a whole conversation, or a pair's prompt."""
@@ -68,37 +49,32 @@ class Format(NamedTuple):
 
 
 def parse_row(row: Mapping[str, Any], id: str) -> Record:
-    """The record that a row of a data set says, whatever its shape; `id` is its name where it has no `id` column.
+    """The record that a row of a data set says, whatever its shape; `id` names it where it has no `id` column.
 
-    Raises:
-        DataError: no shape fits, or a value is missing or of the wrong type; the message names the key.
+    Raises DataError where no shape fits, or a value is missing or of the wrong type; the message names the key.
     """
-    row = plain(row)
-    for key, other in (("chosen", "rejected"), ("rejected", "chosen")):
+    row = columns.plain(row)
+    # Before the shapes are asked: half a pair with a "completion" beside it would pass for a demonstration.
+    for key, other in (SIDES, SIDES[::-1]):
         if has(row, key) and not has(row, other):
             what = "is null" if other in row else "is missing"
-            raise DataError(f'"{other}" {what}, but there is a "{key}" (keys: {listed_keys(row)})')
+            raise DataError(f'"{other}" {what}, but there is a "{key}" (keys: {columns.listed_keys(row)})')
     for name, shape in FORMATS.items():
         if shape.recognised(row):
-            return shape.converted(row, read_context(row, id, name))
+            return shape.converted(row, columns.read_context(row, id, name))
     raise DataError(_why_unknown(row))
 
 
 def parse_prompt(row: Mapping[str, Any], id: str) -> Context:
     """A row's prompt alone, for sampling: of a pair, of a conversation that ends in an answer, or of any row that has a
-    prompt column.
-
-    Raises:
-        DataError: the row holds no prompt.
-    """
-    row = plain(row)
+    prompt column; a DataError where it holds none."""
+    row = columns.plain(row)
     if _is_pair(row):
-        pair = parse_row(row, id)
-        return Context(**about_prompt(pair))
-    prompt = read_prompt(row)
+        return Context(**about_prompt(parse_row(row, id)))
+    prompt = columns.read_prompt(row)
     if first(row, PROMPTS) in CONVERSATIONS and not isinstance(prompt, str) and prompt[-1]["role"] == "assistant":
         prompt = prompt[:-1]
-    return replace(read_context(row, id, "prompt"), prompt=prompt)
+    return replace(columns.read_context(row, id, "prompt"), prompt=prompt)
 
 
 def accepted_shapes() -> str:
@@ -108,49 +84,45 @@ def accepted_shapes() -> str:
 
 def _why_unknown(row: Row) -> str:
     """What is missing in a row that no shape recognises."""
-    keys = [key for key in ("chosen", "rejected", *CONVERSATIONS, *ANSWERS, *RESPONSES, "text") if key in row]
+    keys = [key for key in (*SIDES, *CONVERSATIONS, *ANSWERS, *RESPONSES, "text") if key in row]
     if keys:
-        return "; ".join(f'"{key}" is {found(row[key])}' for key in keys) + f" (keys: {listed_keys(row)})"
-    if first(row, PROMPTS):
-        return (
-            f'there is a prompt but no answer: no "chosen" and "rejected", no "completion" (keys: {listed_keys(row)})'
-        )
-    return f"no known shape (keys: {listed_keys(row)})"
+        why = "; ".join(f'"{key}" is {texts.found(row[key])}' for key in keys)
+    elif first(row, PROMPTS):
+        why = 'there is a prompt but no answer: no "chosen" and "rejected", no "completion"'
+    else:
+        why = "no known shape"
+    return f"{why} (keys: {columns.listed_keys(row)})"
 
 
 # Pairs.
 
 
 def _is_pair(row: Row) -> bool:
-    return has(row, "chosen", "rejected")
+    return has(row, *SIDES)
 
 
 def _pair(context: Context, prompt: Text, chosen: Text, rejected: Text) -> PreferencePair:
-    return PreferencePair(**about_prompt(replace(context, prompt=prompt)), chosen=chosen, rejected=rejected)
-
-
-def _are_dialogues(row: Row) -> bool:
-    return _is_pair(row) and is_dialogue(row["chosen"]) and is_dialogue(row["rejected"])
+    return PreferencePair(**about_prompt(context, prompt=prompt), chosen=chosen, rejected=rejected)
 
 
 def _from_dialogues(row: Row, context: Context) -> Record:
-    chosen, rejected = (dialogue_messages(str(read_text(row[key], key))) for key in ("chosen", "rejected"))
+    chosen, rejected = (texts.dialogue_messages(str(texts.read_text(row[key], key))) for key in SIDES)
     return _split(row, context, chosen, rejected)
 
 
 def _are_conversations(row: Row) -> bool:
-    if not _is_pair(row) or not all(isinstance(row[key], list | tuple) for key in ("chosen", "rejected")):
+    if not _is_pair(row) or not all(isinstance(row[key], list | tuple) for key in SIDES):
         return False
     if not any(key in row for key in PROMPTS):
         return True
-    return all(is_conversation(read_text(row[key], key)) for key in ("chosen", "rejected"))
+    return all(texts.is_conversation(texts.read_text(row[key], key)) for key in SIDES)
 
 
 def _from_conversations(row: Row, context: Context) -> Record:
     """Whole conversations. A string prompt beside them repeats what they hold and is left out, as in TRL."""
-    chosen, rejected = read_messages(row["chosen"], "chosen"), read_messages(row["rejected"], "rejected")
+    chosen, rejected = texts.read_messages(row["chosen"], "chosen"), texts.read_messages(row["rejected"], "rejected")
     key = first(row, ("prompt", "conversations"))
-    given = read_text(row[key], key) if key else ""
+    given = texts.read_text(row[key], key) if key else ""
     if not isinstance(given, str) and given:
         chosen, rejected = _opened(given, chosen, "chosen"), _opened(given, rejected, "rejected")
     return _split(row, context, chosen, rejected)
@@ -159,7 +131,7 @@ def _from_conversations(row: Row, context: Context) -> Record:
 def _opened(given: tuple[Message, ...], conversation: tuple[Message, ...], key: str) -> tuple[Message, ...]:
     """A conversation that has the given messages in front, if it lacks them."""
     spoken = tuple(message for message in conversation if message["role"] != "system")
-    if starts_with(conversation, given) or starts_with(spoken, given):
+    if texts.starts_with(conversation, given) or texts.starts_with(spoken, given):
         return conversation
     if given[-1]["role"] == "user":
         raise DataError(f'"{key}" is a whole conversation that does not open with the messages of the prompt')
@@ -168,34 +140,29 @@ def _opened(given: tuple[Message, ...], conversation: tuple[Message, ...], key: 
 
 def _split(row: Row, context: Context, chosen: tuple[Message, ...], rejected: tuple[Message, ...]) -> Record:
     """The messages that both conversations share are the prompt."""
-    shared = common_prefix(chosen, rejected)
+    shared = texts.common_prefix(chosen, rejected)
     if not shared and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
         raise DataError('"chosen" and "rejected" open with different messages, so they share no prompt')
-    return _pair(context, with_system(row, chosen[:shared]), chosen[shared:], rejected[shared:])
+    return _pair(context, columns.with_system(row, chosen[:shared]), chosen[shared:], rejected[shared:])
 
 
 def _has_common_start(row: Row) -> bool:
-    strings = all(isinstance(row.get(key), str) for key in ("chosen", "rejected"))
+    strings = all(isinstance(row.get(key), str) for key in SIDES)
     return strings and not any(key in row for key in PROMPTS)
 
 
 def _from_common_start(row: Row, context: Context) -> Record:
-    chosen, rejected = (read_text(row[key], key) for key in ("chosen", "rejected"))
-    shared = common_prefix(chosen, rejected)
+    chosen, rejected = (texts.read_text(row[key], key) for key in SIDES)
+    shared = texts.common_prefix(chosen, rejected)
     return _pair(context, chosen[:shared], chosen[shared:], rejected[shared:])
 
 
 def _from_pair(row: Row, context: Context) -> Record:
-    prompt, (chosen, rejected) = fit_answers(row, {key: row[key] for key in ("chosen", "rejected")})
+    prompt, (chosen, rejected) = columns.fit_answers(row, {key: row[key] for key in SIDES})
     return _pair(context, prompt, chosen, rejected)
 
 
 # Rankings.
-
-
-def _is_ranking(row: Row) -> bool:
-    key = first(row, RESPONSES)
-    return key is not None and isinstance(row[key], list | tuple)
 
 
 def _from_ranking(row: Row, context: Context) -> Record:
@@ -205,8 +172,13 @@ def _from_ranking(row: Row, context: Context) -> Record:
     column, verdicts = _verdicts(row, key)
     if len(verdicts) != len(row[key]):
         raise DataError(f'"{key}" holds {len(row[key])} answers and "{column}" {len(verdicts)} values')
-    scores = [_scored(column, place, verdict) for place, verdict in enumerate(verdicts)]
-    prompt, answers = fit_answers(row, {f"{key}[{place}]": answer for place, answer in enumerate(row[key])})
+    scores = []
+    for k, verdict in enumerate(verdicts):
+        try:
+            scores.append(SIGNALS[VERDICTS[column]](verdict))
+        except DataError as error:
+            raise DataError(f'"{column}[{k}]": {error.message}') from None
+    prompt, answers = columns.fit_answers(row, {f"{key}[{k}]": answer for k, answer in enumerate(row[key])})
     return ranking(replace(context, prompt=prompt), answers, scores)
 
 
@@ -220,13 +192,6 @@ def _verdicts(row: Row, key: str) -> tuple[str, list[Any]]:
         if inside:
             return inside, [answer[inside] for answer in row[key]]
     raise DataError(f'"{key}" has neither "ranks" nor "scores" beside it, nor a rank or score in each answer')
-
-
-def _scored(column: str, place: int, verdict: Any) -> float:
-    try:
-        return SIGNALS[VERDICTS[column]](verdict)
-    except DataError as error:
-        raise DataError(f'"{column}[{place}]": {error.message}') from None
 
 
 # Single answers, judged or to imitate.
@@ -244,57 +209,49 @@ def _is_judged(row: Row) -> bool:
     label, answer = _label_key(row), _answer_key(row)
     if label is None or answer is None:
         return False
-    return answer in ("completion", *CONVERSATIONS) or _is_truth(row[label])
+    return answer in ("completion", *CONVERSATIONS) or as_truth(row[label]) is not None
 
 
 def _label_key(row: Row) -> str | None:
     return next((key for key in LABELS if key in row), None)
 
 
-def _is_truth(value: Any) -> bool:
-    try:
-        truth(value)
-    except DataError:
-        return False
-    return True
-
-
 def _from_judged(row: Row, context: Context) -> Record:
-    label = row[str(_label_key(row))]
-    if not _is_truth(label):
-        wanted = "true or false (rename the column if it does not judge the answer)"
-        raise mistyped(str(_label_key(row)), label, wanted)
+    key = str(_label_key(row))
+    label = as_truth(row[key])
+    if label is None:
+        raise texts.mistyped(key, row[key], "true or false (rename the column if it does not judge the answer)")
     prompt, completion = _answered(row)
-    return Unpaired(**about_prompt(replace(context, prompt=prompt)), completion=completion, label=truth(label))
+    return Unpaired(**about_prompt(context, prompt=prompt), completion=completion, label=label)
 
 
 def _from_demonstration(row: Row, context: Context) -> Record:
     prompt, completion = _answered(row)
-    return Demonstration(**about_prompt(replace(context, prompt=prompt)), completion=completion)
+    return Demonstration(**about_prompt(context, prompt=prompt), completion=completion)
 
 
 def _answered(row: Row) -> tuple[Text, Text]:
     """Prompt and answer of a row with one answer; of a conversation the last message is the answer."""
     key = str(_answer_key(row))
     if key in CONVERSATIONS:
-        messages = read_messages(row[key], key)
+        messages = texts.read_messages(row[key], key)
         if messages[-1]["role"] != "assistant":
             raise DataError(f'"{key}" ends with a message of the role "{messages[-1]["role"]}", not with an answer')
-        return with_system(row, messages[:-1]), messages[-1:]
-    prompt, (completion,) = fit_answers(row, {key: row[key]})
+        return columns.with_system(row, messages[:-1]), messages[-1:]
+    prompt, (completion,) = columns.fit_answers(row, {key: row[key]})
     return prompt, completion
 
 
 def _from_text(row: Row, context: Context) -> Record:
     if not isinstance(row["text"], str):
-        raise mistyped("text", row["text"], "a string")
-    return Demonstration(**about_prompt(context), completion=read_text(row["text"], "text"))
+        raise texts.mistyped("text", row["text"], "a string")
+    return Demonstration(**about_prompt(context), completion=texts.read_text(row["text"], "text"))
 
 
 FORMATS: dict[str, Format] = {
     "dialogues": Format(
         r'{"chosen": "\n\nHuman: …\n\nAssistant: …", "rejected": the same with another last answer}',
-        _are_dialogues,
+        lambda row: _is_pair(row) and all(texts.is_dialogue(row[side]) for side in SIDES),
         _from_dialogues,
     ),
     "conversations": Format(
@@ -316,7 +273,7 @@ FORMATS: dict[str, Format] = {
     "ranking": Format(
         '{"prompt": …, "responses": [… 2 or more …], "ranks": [1, …]}; also "scores", or answers as '
         '{"text": …, "score": …}',
-        _is_ranking,
+        lambda row: isinstance(row.get(first(row, RESPONSES) or ""), list | tuple),
         _from_ranking,
     ),
     "judged": Format(
@@ -331,4 +288,5 @@ FORMATS: dict[str, Format] = {
     ),
     "text": Format('{"text": "…"}', lambda row: has(row, "text"), _from_text),
 }
-"""Row shapes by name; the first that recognises a row converts it."""
+"""Row shapes by name; the first that recognises a row converts it, so the narrow ones stand before the wide: every
+dialogue is a pair too, and every judged answer a demonstration with a label to ignore."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.data.formats import accepted_shapes, parse_prompt, parse_row
-from mlx_dpo.data.records import KINDS, Context, Record, kind_of
+from mlx_dpo.data.records import KINDS, Context, Record, first_few, kind_of
 from mlx_dpo.data.signals import CONVERSIONS
-from mlx_dpo.data.sources import SPLITS, Row, json_type, no_split, one_split, read_splits
+from mlx_dpo.data.sources import SPLITS, Row, json_type, one_split, read_splits
 from mlx_dpo.errors import DataError, UsageError
 from mlx_dpo.events import OnEvent, Warned, ignore
 
@@ -36,12 +36,48 @@ def load_records(
     """The records of a file, of one split of a folder or of a Hub data set, or of standard input (`-`).
 
     `kind` (a name in `records.KINDS`) asks for records of one kind; where the data is of another, it is converted as
-    `labels.CONVERSIONS` says. Without it all rows must be of one kind, whichever.
+    `signals.CONVERSIONS` says. Without it all rows must be of one kind, whichever.
 
     Raises:
         DataError: the source cannot be read, or rows of it cannot be used; all of them in one error.
     """
-    return _of_kind(_parsed(one_split(source, split), parse_row), kind, on_event)
+    rows = one_split(source, read_splits(source), split)
+    return _of_kind(_parsed(rows, parse_row), [kind] if kind else list(KINDS), on_event)
+
+
+def load_to_judge(
+    source: str | Path,
+    kinds: Sequence[str],
+    split: str,
+    *,
+    valid_fraction: float,
+    seed: int,
+    on_event: OnEvent = ignore,
+) -> list[Record]:
+    """The records of one split to judge a model by, all of one of the `kinds`; others are converted to the first.
+
+    `split` auto is the test split, else the validation split, else all there is. Validation records of a source that
+    has none are those that `load_splits` holds out with the same `valid_fraction` and `seed`.
+
+    The source is read once, split, kind and all: standard input is empty on a second reading.
+
+    Raises:
+        DataError: the source cannot be read, has no such split, or rows of it cannot be used.
+    """
+    rows = read_splits(source)
+    if split == "auto":
+        split = next(name for name in ("test", "valid", "train") if name in rows)
+    held_out = split == "valid" and "valid" not in rows
+    parsed = _parsed(one_split(source, rows, "train" if held_out else split), parse_row)
+    records = _of_kind(parsed, kinds, on_event)
+    if held_out:
+        _, records = hold_out(records, valid_fraction, seed)
+        if not records:
+            raise DataError(
+                f"{source} has no validation rows: none of its {len(parsed)} rows is held out",
+                "Give it two or more different prompts and a valid_fraction above 0, or judge by another split.",
+            )
+    return records
 
 
 def load_prompts(source: str | Path, *, split: str = "train") -> list[Context]:
@@ -50,7 +86,7 @@ def load_prompts(source: str | Path, *, split: str = "train") -> list[Context]:
     Raises:
         DataError: the source cannot be read, or rows of it hold no prompt.
     """
-    return [prompt for _, prompt in _parsed(one_split(source, split), parse_prompt)]
+    return [prompt for _, prompt in _parsed(one_split(source, read_splits(source), split), parse_prompt)]
 
 
 def load_splits(
@@ -72,10 +108,11 @@ def load_splits(
     if not 0 <= valid_fraction < 1:
         raise UsageError(f"valid_fraction is {valid_fraction}", "It is a share of the prompts: 0 or more, below 1.")
     rows = read_splits(source)
-    if "train" not in rows:
-        raise no_split(source, "train", rows)
+    one_split(source, rows, "train")
+    # All splits are parsed in one go, so that one error names the bad rows of every file, and then dealt out again.
+    kinds = [kind] if kind else list(KINDS)
     parsed = iter(_parsed([row for there in rows.values() for row in there], parse_row))
-    records = {name: _of_kind(list(islice(parsed, len(there))), kind, on_event) for name, there in rows.items()}
+    records = {name: _of_kind(list(islice(parsed, len(there))), kinds, on_event) for name, there in rows.items()}
     train, valid, test = (records.get(name, []) for name in SPLITS)
     if "valid" not in rows:
         train, valid = hold_out(train, valid_fraction, seed)
@@ -90,6 +127,7 @@ def hold_out(records: Sequence[Record], fraction: float, seed: int) -> tuple[lis
     one stays.
     """
     keys = [prompt_key(record) for record in records]
+    # Prompts in the order of their hashes: no random state, so eval finds again what training held out.
     order = sorted(set(keys), key=lambda key: hashlib.sha256(f"{seed}\n{key}".encode()).digest())
     count = min(max(round(fraction * len(order)), 1), len(order) - 1) if fraction and order else 0
     held = set(order[:count])
@@ -127,34 +165,31 @@ def _parsed(rows: Sequence[Row], parse: Callable[[Mapping[str, Any], str], Parse
     return parsed
 
 
-def _of_kind(parsed: Sequence[tuple[Row, Record]], kind: str | None, on_event: OnEvent) -> list[Record]:
-    """The records of a split, all of one kind: of `kind`, or of whichever it is."""
-    if kind is not None and kind not in KINDS:
-        raise UsageError(f'there is no kind of records "{kind}"', f"One of {', '.join(KINDS)}.")
+def _of_kind(parsed: Sequence[tuple[Row, Record]], kinds: Sequence[str], on_event: OnEvent) -> list[Record]:
+    """The records of a split, all of one of the `kinds`; where the split is of another, converted to the first.
+
+    Several kinds to choose from leave the choice to the rows, which must then agree; a single one is an order, under
+    which rows of several kinds are brought together.
+    """
+    if unknown := [kind for kind in kinds if kind not in KINDS]:
+        raise UsageError(f'there is no kind of records "{unknown[0]}"', f"One of {', '.join(KINDS)}.")
     file = parsed[0][0].file
-    places: dict[str, list[Row]] = {}
+    there: dict[str, list[Row]] = {}
     for row, record in parsed:
-        places.setdefault(kind_of(record), []).append(row)
-    if kind is None and len(places) > 1:
-        raise DataError(
-            f"{file} mixes kinds of rows: {_listed(places)}", "Split the file, or ask for one of the kinds."
-        )
-    strangers = {found: there for found, there in places.items() if kind not in (None, found)}
-    hopeless = {found: there for found, there in strangers.items() if (found, kind) not in CONVERSIONS}
-    if hopeless:
+        there.setdefault(kind_of(record), []).append(row)
+    if len(set(kinds)) > 1 and len(there) > 1:
+        raise DataError(f"{file} mixes kinds of rows: {_listed(there)}", "Split the file, or ask for one of the kinds.")
+    kind = next((own for own in there if own in kinds), kinds[0]) if len(there) == 1 else kinds[0]
+    others = {own: rows for own, rows in there.items() if own != kind}
+    if hopeless := {own: rows for own, rows in others.items() if (own, kind) not in CONVERSIONS}:
         raise DataError(f"{file}: {kind} rows are needed, but there are {_listed(hopeless)}", accepted_shapes())
-    records: list[Record] = []
-    empty = 0
-    for _, record in parsed:
-        given = kind_of(record)
-        converted = [record] if kind in (None, given) else CONVERSIONS[given, str(kind)](record)
-        records.extend(converted)
-        empty += not converted
-    if empty:
-        on_event(Warned(f"{file}: {empty} of {len(parsed)} rows give no {kind} row ({_why_empty(strangers)})"))
-    if not records:
-        raise DataError(f"{file}: none of its {len(parsed)} rows gives a {kind} row ({_why_empty(strangers)})")
-    return records
+    given = [[record] if (own := kind_of(record)) == kind else CONVERSIONS[own, kind](record) for _, record in parsed]
+    if empty := sum(not some for some in given):
+        why = f"({_why_empty(others)})"
+        if empty == len(parsed):
+            raise DataError(f"{file}: none of its {empty} rows gives a {kind} row {why}")
+        on_event(Warned(f"{file}: {empty} of {len(parsed)} rows give no {kind} row {why}"))
+    return [record for some in given for record in some]
 
 
 def _why_empty(converted: Iterable[str]) -> str:
@@ -162,13 +197,12 @@ def _why_empty(converted: Iterable[str]) -> str:
     return ", ".join(reasons[kind] for kind in converted if kind in reasons)
 
 
-def _listed(places: Mapping[str, Sequence[Row]]) -> str:
+def _listed(there: Mapping[str, Sequence[Row]]) -> str:
     """`300 pair rows (line 1, line 2, line 3, …), 1 ranking row (line 7)`."""
-    listed = []
-    for kind, rows in places.items():
-        some = ", ".join(row.place for row in rows[:3]) + (", …" if len(rows) > 3 else "")
-        listed.append(f"{len(rows)} {kind} {'row' if len(rows) == 1 else 'rows'} ({some})")
-    return ", ".join(listed)
+    return ", ".join(
+        f"{len(rows)} {kind} {'row' if len(rows) == 1 else 'rows'} ({first_few([row.place for row in rows])})"
+        for kind, rows in there.items()
+    )
 
 
 def _bad_rows(errors: Sequence[Row], rows: Sequence[Row]) -> DataError:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
-from mlx_dpo.config import DataConfig, ModelConfig
-from mlx_dpo.data.records import Record, Unpaired
+from mlx_dpo.config import DataConfig
+from mlx_dpo.data.records import PreferencePair, Record, Unpaired
 from mlx_dpo.data.tokenize import encode_record, truncate, unwrap
-from mlx_dpo.errors import ModelError
-from mlx_dpo.models.load import resolve
+
+Role = Literal["prompt", "scored", "cut"]
 
 
 class Piece(NamedTuple):
     """A run of tokens of one answer. `role` says what becomes of them: read as prompt, scored, or cut away."""
 
-    role: Literal["prompt", "scored", "cut"]
+    role: Role
     tokens: int
     text: str
 
@@ -27,27 +27,8 @@ class Preview(NamedTuple):
     dropped: bool  # truncation leaves an answer without a scored token, so the row is left out
 
 
-def load_tokenizer(config: ModelConfig) -> Any:
-    """The tokenizer of a model, with its chat template; the weights are left where they are.
-
-    Raises:
-        ModelError: there is no such model, or its tokenizer cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    folder = resolve(config.path, config.revision)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # transformers and the model's own code raise of every kind
-        raise ModelError(f"the tokenizer in {folder} cannot be read: {error}", "fetch the model again") from error
-
-
 def preview(record: Record, tokenizer: Any, config: DataConfig) -> Preview:
-    """What `encode_records` makes of one record, for people to look at.
-
-    Raises:
-        DataError: the chat template refuses the messages.
-    """
+    """What `encode_records` makes of one record, for people to look at; it raises what that does."""
     whole, _ = encode_record(record, tokenizer)
     row = truncate(whole, config.max_length, config.truncation_mode)
     decode = unwrap(tokenizer).decode
@@ -55,8 +36,9 @@ def preview(record: Record, tokenizer: Any, config: DataConfig) -> Preview:
     for k, ids in enumerate(whole.completions):
         start = row.starts[k] if row else len(whole.prompt)
         kept = row.completions[k] if row else []
+        # keep_end cuts an answer that alone is too long at its front, keep_start every answer at its end
         front = len(ids) - len(kept) if row and config.truncation_mode == "keep_end" else 0
-        runs: list[tuple[Literal["prompt", "scored", "cut"], list[int]]] = [
+        runs: list[tuple[Role, list[int]]] = [
             ("cut", whole.prompt[:start]),
             ("prompt", whole.prompt[start:]),
             ("cut", ids[:front]),
@@ -70,5 +52,4 @@ def preview(record: Record, tokenizer: Any, config: DataConfig) -> Preview:
 def _name(record: Record, answer: int) -> str:
     if isinstance(record, Unpaired):
         return "good" if record.label else "bad"
-    names = ("chosen", "rejected") if type(record).__name__ == "PreferencePair" else ()
-    return names[answer] if answer < len(names) else f"answer {answer + 1}"
+    return ("chosen", "rejected")[answer] if isinstance(record, PreferencePair) else f"answer {answer + 1}"

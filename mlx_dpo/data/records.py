@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,11 +54,8 @@ class Ranking(Context):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Unpaired(Context):
-    """One answer, judged good (`label` true) or bad (KTO's data)."""
-
+class _OneAnswer(Context):
     completion: Text
-    label: bool
 
     @property
     def completions(self) -> tuple[Text, ...]:
@@ -66,14 +63,15 @@ class Unpaired(Context):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Demonstration(Context):
+class Unpaired(_OneAnswer):
+    """One answer, judged good (`label` true) or bad (KTO's data)."""
+
+    label: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demonstration(_OneAnswer):
     """One answer to imitate (data of supervised fine-tuning)."""
-
-    completion: Text
-
-    @property
-    def completions(self) -> tuple[Text, ...]:
-        return (self.completion,)
 
 
 Record = PreferencePair | Ranking | Unpaired | Demonstration
@@ -90,3 +88,8 @@ KINDS: dict[str, type] = {
 def kind_of(record: Record) -> str:
     """The name of a record's kind in `KINDS`."""
     return next(name for name, kind in KINDS.items() if isinstance(record, kind))
+
+
+def first_few(names: Sequence[str], count: int = 3) -> str:
+    """`1, 2, 3, …`: some of the rows that a message is about, by name."""
+    return ", ".join(names[:count]) + (", …" if len(names) > count else "")

@@ -22,24 +22,21 @@ _WORDS = {
 }
 
 
-def truth(value: Any) -> bool:
-    """A verdict as data sets spell it: true, 1, 1.0, "yes", "good" or false, 0, -1, "no", "bad".
+def as_truth(value: Any) -> bool | None:
+    """A verdict as data sets spell it: true, 1, 1.0, "yes", "good" or false, 0, -1, "no", "bad"; None for all else."""
+    return _WORDS.get(str(value).strip().lower())
 
-    Raises:
-        DataError: anything else.
-    """
-    verdict = _WORDS.get(str(value).strip().lower())
+
+def truth(value: Any) -> bool:
+    """The same where it must be a verdict: anything else is a DataError."""
+    verdict = as_truth(value)
     if verdict is None:
         raise DataError(f"{value!r} is neither true nor false")
     return verdict
 
 
 def number(value: Any) -> float:
-    """A finite number, also one that is written as a string.
-
-    Raises:
-        DataError: anything else, NaN and infinity included.
-    """
+    """A finite number, also one that is written as a string; DataError for anything else, NaN and infinity included."""
     try:
         result = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
@@ -59,11 +56,7 @@ def is_json(text: str) -> float:
 
 
 def matches(pattern: str) -> Signal:
-    """The signal that is 1 where the whole answer, whitespace around it aside, has the format of a regular expression.
-
-    Raises:
-        UsageError: the pattern is none.
-    """
+    """The signal that is 1 where the whole answer, whitespace around it aside, matches a regular expression, else 0."""
     try:
         expression = re.compile(pattern, re.DOTALL)
     except re.error as error:
@@ -81,11 +74,7 @@ SIGNALS: dict[str, Signal] = {
 
 
 def signal(name: str) -> Signal:
-    """A signal of `SIGNALS` by name, or `regex:PATTERN`.
-
-    Raises:
-        UsageError: there is none of this name.
-    """
+    """A signal of `SIGNALS` by name, or `regex:PATTERN`; a UsageError where there is none of this name."""
     if name.startswith("regex:"):
         return matches(name.removeprefix("regex:"))
     if name not in SIGNALS:
@@ -93,34 +82,32 @@ def signal(name: str) -> Signal:
     return SIGNALS[name]
 
 
-Places = list[tuple[int, int]]
+IndexPairs = list[tuple[int, int]]
+"""(index of the chosen, index of the rejected) among the answers to one prompt."""
 
 
-def best_worst(scores: Sequence[float]) -> Places:
-    """The best answer over the worst; the first of several that share the place."""
-    if not scores:
-        return []
-    return [(max(range(len(scores)), key=scores.__getitem__), min(range(len(scores)), key=scores.__getitem__))]
+def best_worst(scores: Sequence[float]) -> IndexPairs:
+    """The best answer over the worst; the first of several that score the same."""
+    indices = range(len(scores))
+    return [(max(indices, key=scores.__getitem__), min(indices, key=scores.__getitem__))] if scores else []
 
 
-def all_pairs(scores: Sequence[float]) -> Places:
+def all_pairs(scores: Sequence[float]) -> IndexPairs:
     """Every answer over every other that scores less: K (K - 1) / 2 pairs where nothing ties."""
-    places = range(len(scores))
-    return [(i, j) for i in places for j in places if scores[i] > scores[j]]
+    return [(i, j) for i, better in enumerate(scores) for j, worse in enumerate(scores) if better > worse]
 
 
-def adjacent(scores: Sequence[float]) -> Places:
+def adjacent(scores: Sequence[float]) -> IndexPairs:
     """Each answer over the next one down: K - 1 pairs where nothing ties."""
-    order = sorted(range(len(scores)), key=lambda place: -scores[place])
-    return list(pairwise(order))
+    return list(pairwise(_best_first(scores)))
 
 
-PAIRINGS: dict[str, Callable[[Sequence[float]], Places]] = {
+PAIRINGS: dict[str, Callable[[Sequence[float]], IndexPairs]] = {
     "best_worst": best_worst,
     "all_pairs": all_pairs,
     "adjacent": adjacent,
 }
-"""Scores of the K answers to one prompt → (place of the chosen, place of the rejected)."""
+"""Which of the K answers to one prompt are compared, by their scores."""
 
 
 def pairs(
@@ -138,31 +125,35 @@ def pairs(
     equally clear ones those that spread over different answers.
     """
     gap = {(i, j): scores[i] - scores[j] for i, j in PAIRINGS[pairing](scores)}
-    clear = [places for places in gap if gap[places] > 0 and gap[places] >= margin]
-    kept = sorted(clear, key=lambda places: (-gap[places], abs(places[0] - places[1]), places))[:cap]
-    about = about_prompt(context)
+    clear = [pair for pair in gap if gap[pair] > 0 and gap[pair] >= margin]
+    # Neighbours first among equals: by index alone answer 1 would stand in every pair that is kept.
+    kept = sorted(clear, key=lambda pair: (-gap[pair], abs(pair[0] - pair[1]), pair))[:cap]
     suffix = (lambda i, j: "") if pairing == "best_worst" else (lambda i, j: f"/{i + 1}-{j + 1}")
     return [
-        PreferencePair(**{**about, "id": context.id + suffix(i, j)}, chosen=answers[i], rejected=answers[j])
+        PreferencePair(**about_prompt(context, id=context.id + suffix(i, j)), chosen=answers[i], rejected=answers[j])
         for i, j in sorted(kept)
     ]
 
 
 def ranking(context: Context, answers: Sequence[Text], scores: Sequence[float]) -> Ranking:
     """The answers best first, ranked 1, 2, … by their scores (higher is better); equal scores share a rank."""
-    order = sorted(range(len(scores)), key=lambda place: -scores[place])
-    ranks = tuple(1.0 + sum(other > scores[place] for other in scores) for place in order)
-    return Ranking(**about_prompt(context), responses=tuple(answers[place] for place in order), ranks=ranks)
+    order = _best_first(scores)
+    ranks = tuple(1.0 + sum(other > scores[i] for other in scores) for i in order)
+    return Ranking(**about_prompt(context), responses=tuple(answers[i] for i in order), ranks=ranks)
 
 
-def about_prompt(context: Context) -> dict[str, Any]:
-    """The fields that every record has: those of `Context`, without the answers."""
-    return {part.name: getattr(context, part.name) for part in fields(Context)}
+def _best_first(scores: Sequence[float]) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: -scores[i])
 
 
-def ranking_to_pairs(record: Ranking, *, pairing: str = "best_worst", cap: int | None = None) -> list[PreferencePair]:
-    """A ranking as pairs: the best over the worst unless `pairing` says otherwise; none where everything ties."""
-    return pairs(record, record.responses, [-rank for rank in record.ranks], pairing=pairing, cap=cap)
+def about_prompt(context: Context, **changes: Any) -> dict[str, Any]:
+    """The fields that every record has, those of `Context` without the answers; `changes` replace some of them."""
+    return {part.name: getattr(context, part.name) for part in fields(Context)} | changes
+
+
+def ranking_to_pairs(record: Ranking) -> list[PreferencePair]:
+    """The best answer over the worst; nothing where all tie."""
+    return pairs(record, record.responses, [-rank for rank in record.ranks])
 
 
 def pair_to_ranking(record: PreferencePair) -> list[Ranking]:
@@ -172,10 +163,9 @@ def pair_to_ranking(record: PreferencePair) -> list[Ranking]:
 
 def pair_to_unpaired(record: PreferencePair) -> list[Unpaired]:
     """A pair as two judged answers: chosen good, rejected bad."""
-    about = about_prompt(record)
     return [
-        Unpaired(**{**about, "id": f"{record.id}/chosen"}, completion=record.chosen, label=True),
-        Unpaired(**{**about, "id": f"{record.id}/rejected"}, completion=record.rejected, label=False),
+        Unpaired(**about_prompt(record, id=f"{record.id}/chosen"), completion=record.chosen, label=True),
+        Unpaired(**about_prompt(record, id=f"{record.id}/rejected"), completion=record.rejected, label=False),
     ]
 
 

@@ -7,7 +7,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,40 +29,33 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class Row(NamedTuple):
-    """One row as it was read: where it stands, its number there from 1, and its value or why it cannot be read."""
+    """One row as it was read: where it stands, its number there from 1, and its value or why it cannot be read.
+
+    A row that cannot be read is kept with its error rather than raised, so that one error can name all of a file.
+    """
 
     file: str
-    place: str
+    place: str  # line 3, item 3, row 3
     number: int
     value: Any = None
     error: str = ""
 
 
-def one_split(source: str | Path, split: str) -> list[Row]:
-    """The rows of one split of a source, which has at least one.
-
-    Raises:
-        DataError: the source cannot be read, or has no such split.
-    """
-    rows = read_splits(source)
+def one_split(source: str | Path, rows: Mapping[str, list[Row]], split: str) -> list[Row]:
+    """The rows of one split, out of those that `read_splits` gave for the source; a DataError where it has no such."""
     if split not in rows:
-        raise no_split(source, split, rows)
+        raise DataError(
+            f"{source} has no {split} split (there: {', '.join(rows) or 'none'})",
+            f"Call it {' or '.join(SPLITS.get(split, (split,)))}: a file of that name with {', '.join(SUFFIXES)}, "
+            "or a key of that name in a JSON file.",
+        )
     return rows[split]
 
 
-def no_split(source: str | Path, split: str, rows: Iterable[str]) -> DataError:
-    """The error for a split that a source lacks."""
-    there = ", ".join(rows) or "none"
-    return DataError(
-        f"{source} has no {split} split (there: {there})",
-        f"Call it {' or '.join(SPLITS.get(split, (split,)))}: a file of that name with {', '.join(SUFFIXES)}, "
-        "or a key of that name in a JSON file.",
-    )
-
-
 def read_splits(source: str | Path) -> dict[str, list[Row]]:
-    """Rows by split (a name in `SPLITS`); a source without splits is all `train`. A row that cannot be read stands
-    among them with its error.
+    """Rows by split (a name in `SPLITS`); a source without splits is all `train`.
+
+    Call it once for a source: standard input is empty afterwards, and a Hub data set is large.
 
     Raises:
         DataError: there is no such source, it is empty, or nothing of it can be read.

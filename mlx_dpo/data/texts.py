@@ -1,4 +1,7 @@
-"""Column values to texts: strings, messages in either spelling, dialogues in one string, tool lists."""
+"""Column values to texts: strings, messages (OpenAI's or ShareGPT's keys), HH dialogues in one string, tool lists.
+
+Every reader here raises a DataError that names the column by the `key` it is given.
+"""
 
 from __future__ import annotations
 
@@ -48,9 +51,6 @@ def read_text(value: Any, key: str) -> Text:
 
     Accepts a string, a list of messages (`role`/`content` or `from`/`value`), one message, an object with a text, and
     any of these alone in a list.
-
-    Raises:
-        DataError: anything else, named by `key`.
     """
     while isinstance(value, list | tuple) and len(value) == 1 and isinstance(value[0], list | tuple | str):
         value = value[0]
@@ -63,16 +63,12 @@ def read_text(value: Any, key: str) -> Text:
             if isinstance(value.get(text_key), str):
                 return _whole_characters(value[text_key], f"{key}.{text_key}")
     elif isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value):
-        return tuple(_message(item, f"{key}[{place}]") for place, item in enumerate(value))
+        return tuple(_message(item, f"{key}[{i}]") for i, item in enumerate(value))
     raise mistyped(key, value, "a string or a list of messages")
 
 
 def read_messages(value: Any, key: str) -> tuple[Message, ...]:
-    """A column's value as messages.
-
-    Raises:
-        DataError: it is none, or an empty list.
-    """
+    """A column's value as at least one message."""
     text = read_text(value, key)
     if isinstance(text, str) or not text:
         raise mistyped(key, value, "a list of messages")
@@ -128,11 +124,7 @@ def _tool_call(message: Mapping[str, Any], key: str) -> Message:
 
 
 def read_json(value: Any, key: str) -> Any:
-    """The value itself, or what its JSON says where it is a string.
-
-    Raises:
-        DataError: the string is not JSON.
-    """
+    """The value itself, or what its JSON says where it is a string: parquet and CSV have no nested columns."""
     if not isinstance(value, str):
         return value
     try:
@@ -142,11 +134,7 @@ def read_json(value: Any, key: str) -> Any:
 
 
 def read_objects(value: Any, key: str) -> tuple[Mapping[str, Any], ...] | None:
-    """A `tools` column: a list of objects, or JSON of one, or JSON of each; None where there are none.
-
-    Raises:
-        DataError: anything else.
-    """
+    """A `tools` column: a list of objects, or JSON of one, or JSON of each; None where there are none."""
     if value is None or value == "":
         return None
     listed = read_json(value, key)
@@ -199,6 +187,7 @@ def common_prefix(first: Text, second: Text) -> int:
     shared = next((i for i in range(shortest) if first[i] != second[i]), None)
     if shared is None:
         return max(shortest - 1, 0)
+    # " Two" and " Three" tokenize with their space; left on the prompt it would be a token of its own.
     return shared - 1 if shared and first[shared - 1] == " " else shared
 
 

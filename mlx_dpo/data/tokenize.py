@@ -1,14 +1,19 @@
-"""Records to token ids: chat template, the boundary between prompt and completion, truncation."""
+"""Records to token ids: chat template, the boundary between prompt and completion, truncation.
+
+What is scored is decided here: every id in `TokenizedRow.completions` counts, none of the prompt does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.config import DataConfig
-from mlx_dpo.data.records import Context, Ranking, Record, Text, Unpaired
+from mlx_dpo.data.records import Context, Ranking, Record, Text, Unpaired, first_few
 from mlx_dpo.errors import DataError
+
+Encoded = TypeVar("Encoded")
 
 
 class TokenizedRow(NamedTuple):
@@ -52,13 +57,29 @@ class EncodeReport:
     completion_tokens: int = 0
     longest: int = 0
 
+    def count(self, whole: TokenizedRow, row: TokenizedRow, eos: int | None) -> None:
+        """Adds a row that is kept as `row` and was `whole` before truncation."""
+        self.kept += 1
+        lengths = [len(row.context(k)) + len(ids) for k, ids in enumerate(row.completions)]
+        lost = sum(len(whole.prompt) + len(ids) for ids in whole.completions) - sum(lengths)
+        self.cut_rows += lost > 0
+        self.cut_tokens += lost
+        if lost:
+            pairs = zip(whole.completions, row.completions, strict=True)
+            self.lost_eos += sum(eos in before and eos not in after for before, after in pairs)
+        self.prompt_tokens += len(row.prompt)
+        self.completion_tokens += sum(map(len, row.completions))
+        self.longest = max(self.longest, *lengths)
+
     def warnings(self, max_length: int | None) -> list[str]:
         """Sentences for the log; empty when every row went in whole."""
         said = []
         if self.dropped:
-            some = ", ".join(self.dropped[:5]) + (", …" if len(self.dropped) > 5 else "")
             limit = f" within max_length {max_length}" if max_length is not None else ""
-            said.append(f"{len(self.dropped)} of {self.rows} rows dropped: no completion token is left{limit} ({some})")
+            said.append(
+                f"{len(self.dropped)} of {self.rows} rows dropped: no completion token is left{limit} "
+                f"({first_few(self.dropped, 5)})"
+            )
         if self.cut_rows:
             said.append(
                 f"{self.cut_rows} of {self.kept} rows cut to max_length {max_length}: {self.cut_tokens} tokens lost, "
@@ -106,15 +127,13 @@ def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[in
     The prompt is the longest prefix that the tokenized prompt shares with every tokenized prompt + answer, so a token
     that merges over the boundary belongs to the answer (TRL 1.16's rule). Strings get the end-of-sequence token
     appended unless they end in it; for messages the template decides.
-
-    Raises:
-        DataError: the chat template refuses the messages, or the model has none.
+    Raises DataError where the template refuses the messages, or the model has none.
     """
     tokenizer = unwrap(tokenizer)
+    # Prompt and whole are encoded apart and compared, never prompt and answer joined as ids: a tokenizer may merge over
+    # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
     prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
-    wholes = [
-        _guard(record, tokenizer, lambda a=answer: _encode_whole(tokenizer, record, a)) for answer in record.completions
-    ]
+    wholes = _guard(record, tokenizer, lambda: [_encode_whole(tokenizer, record, a) for a in record.completions])
     shared = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
@@ -138,6 +157,7 @@ def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedR
     else:
         starts = tuple(min(max(len(row.prompt) + len(ids) - max_length, 0), len(row.prompt)) for ids in row.completions)
         cut = row._replace(starts=starts, completions=tuple(ids[-max_length:] for ids in row.completions))
+    # Without a prompt token before it the first token has nothing to be predicted from, so it is not scored.
     scored = [len(ids) - (not cut.context(k)) for k, ids in enumerate(cut.completions)]
     return cut if min(scored) > 0 else None
 
@@ -147,8 +167,7 @@ def encode_records(
 ) -> tuple[list[TokenizedRow], EncodeReport]:
     """All records as token ids, cut to `config.max_length`, and the count of what was cut or dropped.
 
-    Raises:
-        DataError: no row has a completion token left.
+    Raises DataError where no row has a completion token left.
     """
     rows: list[TokenizedRow] = []
     report = EncodeReport()
@@ -163,7 +182,7 @@ def encode_records(
         if row is None:
             report.dropped.append(whole.id)
             continue
-        _count(report, whole, row, hf.eos_token_id)
+        report.count(whole, row, hf.eos_token_id)
         rows.append(row)
     if not rows:
         limit = f" left within max_length {config.max_length}" if config.max_length is not None else ""
@@ -176,10 +195,7 @@ def encode_records(
 
 def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
     """How many leading ids `a` and `b` share."""
-    for i, (x, y) in enumerate(zip(a, b, strict=False)):
-        if x != y:
-            return i
-    return min(len(a), len(b))
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _encode_whole(tokenizer: Any, record: Record, answer: Text) -> list[int]:
@@ -196,13 +212,12 @@ def _template_arguments(tokenizer: Any, record: Context) -> Mapping[str, Any]:
     return {"tools": tools, **(record.chat_template_kwargs or {})}
 
 
-def _guard(record: Record, tokenizer: Any, encode: Any) -> list[int]:
+def _guard(record: Record, tokenizer: Any, encode: Callable[[], Encoded]) -> Encoded:
     """Template errors come from the data or the model's template: say which row, instead of a traceback."""
     from jinja2.exceptions import TemplateError
 
     try:
-        ids: list[int] = encode()
-        return ids
+        return encode()
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         if not isinstance(record.prompt, str) and not getattr(tokenizer, "chat_template", None):
             raise DataError(
@@ -213,18 +228,3 @@ def _guard(record: Record, tokenizer: Any, encode: Any) -> list[int]:
             f"row {record.id}: the model's chat template refuses its messages: {error}",
             "most templates want user and assistant in turns, and some no system message",
         ) from error
-
-
-def _count(report: EncodeReport, whole: TokenizedRow, row: TokenizedRow, eos: int | None) -> None:
-    report.kept += 1
-    lengths = [len(row.context(k)) + len(ids) for k, ids in enumerate(row.completions)]
-    lost = sum(len(whole.prompt) + len(ids) for ids in whole.completions) - sum(lengths)
-    report.cut_rows += lost > 0
-    report.cut_tokens += lost
-    if lost and eos is not None:
-        report.lost_eos += sum(
-            eos in before and eos not in after for before, after in zip(whole.completions, row.completions, strict=True)
-        )
-    report.prompt_tokens += len(row.prompt)
-    report.completion_tokens += sum(map(len, row.completions))
-    report.longest = max(report.longest, *lengths)

@@ -8,9 +8,8 @@ from typing import Any, Literal, cast, get_args
 
 from mlx_dpo.config import DataConfig, LossConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import WINDOW, mismatched, order_batches
-from mlx_dpo.data.load import load_records, load_splits
-from mlx_dpo.data.records import Record, kind_of
-from mlx_dpo.data.sources import read_splits
+from mlx_dpo.data.load import load_to_judge
+from mlx_dpo.data.records import kind_of
 from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records
 from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, evaluate_rows, replay, score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
@@ -161,7 +160,10 @@ def set_up(
     wanted = reference_adapter or loss.reference
     start = started_from(model.adapter) if wanted == "start" else None
     reference = reference_model(wanted, model, start) if needs_reference(loss) else None
-    kind, records = _records(data, kinds, split, on_event)
+    records = load_to_judge(
+        data.path, kinds, split, valid_fraction=data.valid_fraction, seed=data.split_seed, on_event=on_event
+    )
+    kind = cast(Kind, kind_of(records[0]))
     loaded = load(model, lazy=True)
     rows, report = encode_records(records, loaded.tokenizer, data)
     for text in report.warnings(data.max_length):
@@ -170,9 +172,8 @@ def set_up(
         rows = mismatched(rows, order_batches(rows, batch_size, seed=0, epoch=0, shuffle=False))
     found = None
     how = {"batch_size": batch_size, "on_event": on_event}
-    if reference is not None and is_other_model(
-        reference, model
-    ):  # before the policy's weights are read: one at a time
+    if reference is not None and is_other_model(reference, model):
+        # before the policy's weights are read, so that one model at a time is in memory
         found = ref_logps_of_other(reference, model, loaded.tokenizer, rows, **how)
     scorer = _with_adapter(loaded, model.adapter, rows, on_event)
     if reference is not None and found is None:
@@ -193,19 +194,3 @@ def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[Token
     speed, _ = check_optimizations(loaded.model, rows, speed, on_event=on_event)
     loaded.model.eval()
     return Scorer(loaded.model, speed)
-
-
-def _records(data: DataConfig, kinds: Sequence[Kind], split: Split, on_event: OnEvent) -> tuple[Kind, list[Record]]:
-    records = _split(data, None if len(set(kinds)) > 1 else kinds[0], split, on_event)
-    own = cast(Kind, kind_of(records[0]))
-    return (own, records) if own in kinds else (kinds[0], _split(data, kinds[0], split, on_event))
-
-
-def _split(data: DataConfig, kind: Kind | None, split: Split, on_event: OnEvent) -> list[Record]:
-    there = ["train"] if data.path == "-" else list(read_splits(data.path))
-    if split == "valid" and "valid" not in there:
-        return load_splits(
-            data.path, valid_fraction=data.valid_fraction, seed=data.split_seed, kind=kind, on_event=on_event
-        ).valid
-    wanted = next(name for name in ("test", "valid", "train") if name in there) if split == "auto" else split
-    return load_records(data.path, kind, split=wanted, on_event=on_event)

@@ -1,4 +1,8 @@
-"""f-divergences: what takes the place of the log-ratio when the constraint to the reference is not the reverse KL."""
+"""f-divergences: what takes the place of the log-ratio when the constraint to the reference is not the reverse KL.
+
+Each gives f'(π/π_ref) of Wang et al. 2023, "Beyond Reverse KL" (arXiv 2309.16240), up to a constant, from
+log π - log π_ref; any shape. All take `alpha`, which `alpha_divergence` alone reads.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,6 @@ import mlx.core as mx
 from mlx_dpo.losses.numerics import log_sigmoid
 
 LARGEST_EXPONENT = 80.0  # e^80 ≈ 5.5e34 still fits float32; beyond it a score is held constant
-
-
-def score(log_ratio: mx.array, divergence: str, alpha: float) -> mx.array:
-    """f'(π/π_ref) of Wang et al. 2023, "Beyond Reverse KL" (arXiv 2309.16240); any shape, up to a constant.
-
-    `log_ratio` is log π - log π_ref; `divergence` one of DIVERGENCES; `alpha` is read by `alpha_divergence` alone.
-    """
-    return DIVERGENCES[divergence](log_ratio, alpha)
 
 
 def reverse_kl(log_ratio: mx.array, alpha: float) -> mx.array:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -43,7 +43,7 @@ def batch_metrics(
     - rewards/kendall_tau, of rankings: mean τ-b.
     - logps/chosen, logps/rejected: mean log π(y|x), summed over tokens.
     - kl, of unpaired rows: KTO's z.
-    - kl/sequence, kl/token, with a reference: KL(π‖π_ref) as `kl_estimate` sees it by k2 on the data's answers.
+    - kl/sequence, kl/token, with a reference: KL(π‖π_ref) as `kl_k2` sees it on the data's answers.
     - entropy: mean over completion tokens, nats; logits/chosen, logits/rejected: mean over tokens of the mean logit;
       mean_token_accuracy: share of chosen tokens that are the argmax. Each only where `policy` has what it is made of.
     """
@@ -77,7 +77,7 @@ def batch_metrics(
     if output.kl is not None:
         sums["kl"] = Mean(output.kl * rows, rows)
     if reference is not None:
-        drift = (kl_estimate(mx.stop_gradient(policy.logps) - reference, "k2") * tokens).sum()
+        drift = (kl_k2(mx.stop_gradient(policy.logps) - reference) * tokens).sum()
         sums["kl/sequence"] = Mean(drift, answers.sum())
         sums["kl/token"] = Mean(drift, token_count)
     return sums
@@ -127,7 +127,6 @@ def kendall_tau(rewards: mx.array, rank: mx.array) -> tuple[mx.array, mx.array]:
     τ-b = (C - D) / √((P - T_rank)(P - T_reward)): C pairs ordered alike, D otherwise, P all pairs, T those tied in one
     order. A row all of whose answers are tied in one of the orders has no τ: 0, with `defined` 0.
     Kendall 1945, "The treatment of ties in ranking problems".
-
     Example: rewards 3, 1, 2 for ranks 1, 2, 3: C = 2, D = 1, P = 3: 1/3.
     """
     present = rank > 0
@@ -141,23 +140,15 @@ def kendall_tau(rewards: mx.array, rank: mx.array) -> tuple[mx.array, mx.array]:
     return agreement / mx.maximum(scale, 1.0), (scale > 0).astype(mx.float32)
 
 
-def kl_estimate(log_ratio: mx.array, estimator: str) -> mx.array:
-    """KL(π‖π_ref) of each token from log π - log π_ref of the token that stands there, nats; any shape.
+def kl_k2(log_ratio: mx.array) -> mx.array:
+    """KL(π‖π_ref) of each token from x = log π - log π_ref of the token that stands there: k2 = x²/2, nats; any shape.
 
     Averaged over tokens it is the KL per token; summed over a sequence's tokens and averaged over sequences, the KL per
-    sequence. With x the log-ratio: k1 = x and k3 = e^-x - 1 + x are unbiased on text that the policy wrote; k3 varies
-    less there, but explodes on tokens that the policy shuns. On other text, such as a data set's answers, k2 = x²/2 is
-    right to second order near the reference, never negative, and grows slowly.
+    sequence. The unbiased k1 = x and k3 = e^-x - 1 + x hold on text that the policy wrote; on other text, such as a
+    data set's answers, k2 is right to second order near the reference, never negative, and grows slowly.
     Schulman 2020, "Approximating KL Divergence".
     """
-    return KL_ESTIMATORS[estimator](log_ratio)
-
-
-KL_ESTIMATORS: dict[str, Callable[[mx.array], mx.array]] = {
-    "k1": lambda x: x,
-    "k2": lambda x: x * x / 2,
-    "k3": lambda x: mx.expm1(-x) + x,
-}
+    return log_ratio * log_ratio / 2
 
 
 def wilson_interval(successes: float, n: float) -> tuple[float, float]:

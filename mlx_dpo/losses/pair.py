@@ -22,7 +22,6 @@ def sigmoid(pairs: Pairs, config: LossConfig) -> mx.array:
     -log σ(βΔ). Its gradient by Δ is -β σ(-βΔ): the wrongly ranked pairs count most. Without a reference
     (`reference: none`) Δ = log π(y_w|x) - log π(y_l|x), reference-free DPO.
     Rafailov et al. 2023 (arXiv 2305.18290), eq. 7.
-
     Example: Δ = 5, β = 0.1: -log σ(0.5) = 0.4741.
     """
     return -log_sigmoid(config.beta * pairs.margin)
@@ -33,7 +32,6 @@ def hinge(pairs: Pairs, config: LossConfig) -> mx.array:
 
     max(0, 1 - βΔ).
     Zhao et al. 2023 (arXiv 2305.10425), section 2; on log-ratios in Liu et al. 2023 (RSO, arXiv 2309.06657).
-
     Example: Δ = 5, β = 0.1: 0.5.
     """
     return mx.maximum(1 - config.beta * pairs.margin, 0.0)
@@ -44,7 +42,6 @@ def ipo(pairs: Pairs, config: LossConfig) -> mx.array:
 
     (Δ' - 1/(2β))², with Δ' the difference of the scores per token; as in TRL, the answers' lengths divide.
     Azar et al. 2023 (arXiv 2310.12036), eq. 17, where β is called τ.
-
     Example: lr_w = 12 over 4 tokens, lr_l = 6 over 3, β = 1: (3 - 2 - 0.5)² = 0.25.
     """
     return (pairs.margin_per_token - 1 / (2 * config.beta)) ** 2
@@ -55,7 +52,6 @@ def exo_pair(pairs: Pairs, config: LossConfig) -> mx.array:
 
     KL(q‖p) with q = (σ(βΔ), σ(-βΔ)) and p = (1 - ε, ε), ε = `label_smoothing` > 0.
     Ji et al. 2024 (arXiv 2402.00856), eq. 16.
-
     Example: βΔ = 0, ε = 0.1: ½ log(½ / 0.9) + ½ log(½ / 0.1) = 0.5108.
     """
     logits = config.beta * pairs.margin
@@ -70,7 +66,6 @@ def nca_pair(pairs: Pairs, config: LossConfig) -> mx.array:
 
     -log σ(r_w) - ½ log σ(-r_w) - ½ log σ(-r_l).
     Chen et al. 2024 (arXiv 2402.05369), section 4.
-
     Example: r_w = 1, r_l = -1: 0.3133 + ½ 1.3133 + ½ 0.3133 = 1.1265.
     """
     chosen, rejected = config.beta * pairs.chosen_ratio, config.beta * pairs.rejected_ratio
@@ -82,7 +77,6 @@ def robust(pairs: Pairs, config: LossConfig) -> mx.array:
 
     (-(1 - ε) log σ(βΔ) + ε log σ(-βΔ)) / (1 - 2ε), ε = `label_smoothing` < ½.
     Chowdhury et al. 2024 (arXiv 2403.00409), section 3.1.
-
     Example: βΔ = 0.5, ε = 0.1: (0.9 · 0.4741 - 0.1 · 0.9741) / 0.8 = 0.4116.
     """
     logits, flipped = config.beta * pairs.margin, config.label_smoothing
@@ -95,7 +89,6 @@ def cdpo(pairs: Pairs, config: LossConfig) -> mx.array:
     -(1 - ε) log σ(βΔ) - ε log σ(-βΔ), ε = `label_smoothing` in (0, ½); least where σ(βΔ) = 1 - ε. It has a name of its
     own because `sigmoid`, as in TRL 1.16, reads no smoothing.
     Mitchell 2023, "A note on DPO with noisy preferences & relationship to IPO".
-
     Example: βΔ = 0.5, ε = 0.1: 0.9 · 0.4741 + 0.1 · 0.9741 = 0.5241.
     """
     return smoothed_nll(config.beta * pairs.margin, config.label_smoothing)
@@ -106,7 +99,6 @@ def bco_pair(pairs: Pairs, config: LossConfig) -> mx.array:
 
     -log σ(r_w) - log σ(-r_l). As in TRL 1.16 without the paper's reward shift δ, so nothing is carried between batches.
     Jung et al. 2024 (arXiv 2404.04656), section 4.
-
     Example: r_w = 1, r_l = -1: 2 · 0.3133 = 0.6265.
     """
     return -log_sigmoid(config.beta * pairs.chosen_ratio) - log_sigmoid(-config.beta * pairs.rejected_ratio)
@@ -117,7 +109,6 @@ def sppo_hard(pairs: Pairs, config: LossConfig) -> mx.array:
 
     (lr_w - 1/(2β))² + (lr_l + 1/(2β))².
     Wu et al. 2024 (arXiv 2405.00675), eq. 4.7 with P = 1 and 0.
-
     Example: lr_w = 4, lr_l = -3, β = 0.1: (4 - 5)² + (-3 + 5)² = 5.
     """
     target = 1 / (2 * config.beta)
@@ -131,7 +122,6 @@ def aot(pairs: Pairs, config: LossConfig) -> mx.array:
     -(1 - ε) log σ(βδ) - ε log σ(-βδ), ε = `label_smoothing`. The sort makes it a loss of the whole micro-batch: eight
     rows are not the mean of four and four.
     Melnyk et al. 2024 (arXiv 2406.05882), section 3, paired.
-
     Example: policy differences 3, 1 and reference differences 0, 2, β = 1: δ = 1, 1 although the rows' own are 3, -1.
     """
     policy = mx.sort(pairs.policy_chosen - pairs.policy_rejected)
@@ -144,7 +134,6 @@ def aot_unpaired(pairs: Pairs, config: LossConfig) -> mx.array:
 
     δ = sort(lr_w) - sort(lr_l), each over the micro-batch, then as `aot`, with the same consequence for accumulation.
     Melnyk et al. 2024 (arXiv 2406.05882), section 3, unpaired.
-
     Example: lr_w = 3, 1 and lr_l = 0, 2, β = 1: δ = 1, 1.
     """
     delta = mx.sort(pairs.chosen_ratio) - mx.sort(pairs.rejected_ratio)
@@ -156,7 +145,6 @@ def apo_zero(pairs: Pairs, config: LossConfig) -> mx.array:
 
     1 - σ(r_w) + σ(r_l).
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7.
-
     Example: r_w = 1, r_l = -1: 0.2689 + 0.2689 = 0.5379.
     """
     return mx.sigmoid(-config.beta * pairs.chosen_ratio) + mx.sigmoid(config.beta * pairs.rejected_ratio)
@@ -167,7 +155,6 @@ def apo_down(pairs: Pairs, config: LossConfig) -> mx.array:
 
     σ(r_w) + 1 - σ(r_w - r_l).
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8.
-
     Example: r_w = 1, r_l = -1: 0.7311 + 0.1192 = 0.8503.
     """
     chosen, rejected = config.beta * pairs.chosen_ratio, config.beta * pairs.rejected_ratio
@@ -180,7 +167,6 @@ def discopop(pairs: Pairs, config: LossConfig) -> mx.array:
     (1 - m) · -log σ(l) + m e^-l, with l = βΔ and m = σ(l / τ), τ = `discopop_tau`. The second product is taken in the
     exponent, e^(log m - l), since for l below -88 its factors are 0 and infinity.
     Lu et al. 2024 (arXiv 2406.08414), eq. 5.
-
     Example: l = 0: ½ log 2 + ½ = 0.8466.
     """
     logits = config.beta * pairs.margin
@@ -193,7 +179,6 @@ def sigmoid_norm(pairs: Pairs, config: LossConfig) -> mx.array:
 
     -log σ(βΔ'), with Δ' the difference of the scores per token.
     Lambert et al. 2024 (Tülu 3, arXiv 2411.15124), length-normalized DPO.
-
     Example: lr_w = 12 over 4 tokens, lr_l = 6 over 3, β = 0.5: -log σ(0.5) = 0.4741.
     """
     return -log_sigmoid(config.beta * pairs.margin_per_token)
@@ -204,7 +189,6 @@ def dpop(pairs: Pairs, config: LossConfig) -> mx.array:
 
     -log σ(β (Δ - λ max(0, -lr_w))), λ = `dpop_lambda`: the penalty stands inside the log-sigmoid.
     Pal et al. 2024 (Smaug, arXiv 2402.13228), eq. 3.
-
     Example: lr_w = -1, lr_l = -6, λ = 2, β = 0.1: -log σ(0.1 (5 - 2)) = 0.5544.
     """
     penalty = mx.maximum(-pairs.chosen_ratio, 0.0)

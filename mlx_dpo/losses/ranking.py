@@ -19,7 +19,6 @@ def plackett_luce(rankings: Rankings, config: LossConfig) -> mx.array:
     Ties: an answer competes with itself and the strictly worse ones, never with its equals. So tied answers do not
     push each other apart, a row of nothing but ties costs 0, and without ties it is Plackett-Luce to the letter.
     Absent answers (rank 0) take no part.
-
     Example: three answers in order, all rewards equal: log 3 + log 2 = 1.7918; the first two tied: 2 log 2 = 1.3863.
     """
     ratio, rank = rankings.log_ratio, rankings.rank

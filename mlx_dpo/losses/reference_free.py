@@ -19,7 +19,6 @@ def cpo(pairs: Pairs, config: LossConfig) -> mx.array:
     -(1 - ε) log σ(βΔ) - ε log σ(-βΔ) + α NLL, with Δ = log π(y_w|x) - log π(y_l|x), ε = `label_smoothing`,
     α = `cpo_alpha`, and the NLL of y_w as in `sft`, a mean over the micro-batch's tokens.
     Xu et al. 2024 (arXiv 2401.08417), eq. 3; the loss of TRL's CPOTrainer.
-
     Example: Δ = 5, β = 0.1, ε = 0, NLL = 2: 0.4741 + 2 = 2.4741.
     """
     preference = smoothed_nll(config.beta * _sum_margin(pairs, config), config.label_smoothing)
@@ -30,7 +29,6 @@ def cpo_hinge(pairs: Pairs, config: LossConfig) -> mx.array:
     """CPO with SLiC's hinge in place of the log-sigmoid.
 
     max(0, 1 - βΔ) + α NLL; TRL's CPOTrainer with loss_type hinge.
-
     Example: Δ = 5, β = 0.1, NLL = 2: 2.5.
     """
     return mx.maximum(1 - config.beta * _sum_margin(pairs, config), 0.0) + _chosen_nll(pairs, config)
@@ -40,7 +38,6 @@ def cpo_ipo(pairs: Pairs, config: LossConfig) -> mx.array:
     """CPO with IPO's square in place of the log-sigmoid, on log-probs per token.
 
     (Δ' - 1/(2β))² + α NLL, Δ' = log π(y_w|x) / |y_w| - log π(y_l|x) / |y_l|; TRL's CPOTrainer with loss_type ipo.
-
     Example: -1 and -3 nats per token, β = 0.5, NLL = 1: (2 - 1)² + 1 = 2.
     """
     return (_mean_margin(pairs, config) - 1 / (2 * config.beta)) ** 2 + _chosen_nll(pairs, config)
@@ -53,7 +50,6 @@ def simpo(pairs: Pairs, config: LossConfig) -> mx.array:
     ε = `label_smoothing`, 0 in the paper. β wants to be 2 or more: a log-prob per token is small. With `alphapo_alpha`
     it is AlphaPO (see `alphapo`); the mix `simpo:1,sft:1` is CPO-SimPO.
     Meng et al. 2024 (arXiv 2405.14734), eq. 6.
-
     Example: Δ' = 2, β = 0.5, γ = 0.5, ε = 0: -log σ(0.5) = 0.4741.
     """
     return smoothed_nll(config.beta * _mean_margin(pairs, config) - config.simpo_gamma, config.label_smoothing)
@@ -66,7 +62,6 @@ def orpo(pairs: Pairs, config: LossConfig) -> mx.array:
     paper's λ, and the NLL of y_w as in `sft`, a mean over the micro-batch's completion tokens. TRL's ORPOTrainer counts
     the prompt's tokens into the NLL too; the prompt is no answer, and here it is left out.
     Hong et al. 2024 (arXiv 2403.07691), eq. 6 and 7.
-
     Example: p_w = 0.8 and p_l = 0.5: odds 4 and 1, -log σ(log 4) = log 1.25; β = 0.1, NLL = 0.2231: 0.2455.
     """
     chosen, rejected = _per_token(pairs)
@@ -80,7 +75,6 @@ def unlikelihood(pairs: Pairs, config: LossConfig) -> mx.array:
     -mean_t log π(y_w,t) - α mean_t log(1 - π(y_l,t)), α = `unlikelihood_alpha`, each mean over a row's own tokens.
     A baseline of Rafailov et al. 2023 (arXiv 2305.18290), section 6; the second term is that of Welleck et al. 2019
     (arXiv 1908.04319) with the rejected answer's tokens as the negatives.
-
     Example: chosen tokens at e^-1, rejected ones at ½, α = 0.5: 1 + 0.5 log 2 = 1.3466.
     """
     # The padding's log-prob is 0, a certain token; -1 keeps the gradient finite before the mask takes it out.

@@ -9,15 +9,22 @@ from typing import Literal
 import mlx.core as mx
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses import demonstration, pair, ranking, reference_free, unpaired
+from mlx_dpo.losses import demonstration, pair, ranking, unpaired
+from mlx_dpo.losses import reference_free as free
 from mlx_dpo.losses.views import ACCEPTS
 from mlx_dpo.types import Kind
 
+# What losses read of LossConfig, by family; `check_loss_config` refuses what none of a mix reads.
 REFERENCE = frozenset({"reference", "ref_model_sync_steps", "ref_model_mixup_alpha"})
 PAIR = REFERENCE | {"beta", "ld_alpha", "use_weighting"}
 MARGIN = PAIR | {"f_divergence_type", "f_alpha_divergence_coef"}
+AOT = PAIR - {"use_weighting"} | {"label_smoothing"}  # sorted over the micro-batch: no row has a loss to weigh
 CPO = frozenset({"beta", "cpo_alpha", "alphapo_alpha"})
+SIMPO = frozenset({"beta", "simpo_gamma", "alphapo_alpha", "label_smoothing"})
 KTO = REFERENCE | {"beta", "desirable_weight", "undesirable_weight"}
+
+
+Reward = Callable[[mx.array, mx.array, mx.array, LossConfig], mx.array]
 
 
 def implicit_reward(logps: mx.array, reference: mx.array, length: mx.array, config: LossConfig) -> mx.array:
@@ -46,7 +53,7 @@ class LossSpec:
     reads_mismatched: bool = False
     mean_over: Literal["rows", "tokens", "batch"] = "rows"
     options: frozenset[str] = PAIR
-    reward: Callable[[mx.array, mx.array, mx.array, LossConfig], mx.array] = implicit_reward
+    reward: Reward = implicit_reward
 
     @property
     def needs_reference(self) -> bool:
@@ -59,6 +66,12 @@ class LossSpec:
         return ACCEPTS[self.kind]
 
 
+def _without_reference(
+    fn: Callable[..., mx.array], options: frozenset[str], reward: Reward, mean_over: Literal["rows", "batch"] = "rows"
+) -> LossSpec:
+    return LossSpec(fn=fn, reference="unused", mean_over=mean_over, options=options, reward=reward)
+
+
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(fn=pair.sigmoid, reference="optional", options=MARGIN),
     "hinge": LossSpec(fn=pair.hinge, reference="optional", options=MARGIN),
@@ -68,10 +81,8 @@ LOSSES: dict[str, LossSpec] = {
     "robust": LossSpec(fn=pair.robust, reference="optional", options=MARGIN | {"label_smoothing"}),
     "bco_pair": LossSpec(fn=pair.bco_pair),
     "sppo_hard": LossSpec(fn=pair.sppo_hard),
-    "aot": LossSpec(fn=pair.aot, mean_over="batch", options=PAIR - {"use_weighting"} | {"label_smoothing"}),
-    "aot_unpaired": LossSpec(
-        fn=pair.aot_unpaired, mean_over="batch", options=PAIR - {"use_weighting"} | {"label_smoothing"}
-    ),
+    "aot": LossSpec(fn=pair.aot, mean_over="batch", options=AOT),
+    "aot_unpaired": LossSpec(fn=pair.aot_unpaired, mean_over="batch", options=AOT),
     "apo_zero": LossSpec(fn=pair.apo_zero),
     "apo_down": LossSpec(fn=pair.apo_down),
     "discopop": LossSpec(fn=pair.discopop, reference="optional", options=MARGIN | {"discopop_tau"}),
@@ -81,46 +92,12 @@ LOSSES: dict[str, LossSpec] = {
     "sigmoid_norm": LossSpec(fn=pair.sigmoid_norm, reference="optional", options=MARGIN),
     "cdpo": LossSpec(fn=pair.cdpo, reference="optional", options=MARGIN | {"label_smoothing"}),
     "dpop": LossSpec(fn=pair.dpop, options=PAIR | {"dpop_lambda"}),
-    "cpo": LossSpec(
-        fn=reference_free.cpo,
-        reference="unused",
-        mean_over="batch",
-        options=CPO | {"label_smoothing"},
-        reward=reference_free.sum_reward,
-    ),
-    "cpo_hinge": LossSpec(
-        fn=reference_free.cpo_hinge,
-        reference="unused",
-        mean_over="batch",
-        options=CPO,
-        reward=reference_free.sum_reward,
-    ),
-    "cpo_ipo": LossSpec(
-        fn=reference_free.cpo_ipo,
-        reference="unused",
-        mean_over="batch",
-        options=CPO,
-        reward=reference_free.mean_reward,
-    ),
-    "simpo": LossSpec(
-        fn=reference_free.simpo,
-        reference="unused",
-        options=frozenset({"beta", "simpo_gamma", "alphapo_alpha", "label_smoothing"}),
-        reward=reference_free.mean_reward,
-    ),
-    "orpo": LossSpec(
-        fn=reference_free.orpo,
-        reference="unused",
-        mean_over="batch",
-        options=frozenset({"beta"}),
-        reward=reference_free.mean_reward,
-    ),
-    "unlikelihood": LossSpec(
-        fn=reference_free.unlikelihood,
-        reference="unused",
-        options=frozenset({"unlikelihood_alpha"}),
-        reward=reference_free.mean_reward,
-    ),
+    "cpo": _without_reference(free.cpo, CPO | {"label_smoothing"}, free.sum_reward, "batch"),
+    "cpo_hinge": _without_reference(free.cpo_hinge, CPO, free.sum_reward, "batch"),
+    "cpo_ipo": _without_reference(free.cpo_ipo, CPO, free.mean_reward, "batch"),
+    "simpo": _without_reference(free.simpo, SIMPO, free.mean_reward),
+    "orpo": _without_reference(free.orpo, frozenset({"beta"}), free.mean_reward, "batch"),
+    "unlikelihood": _without_reference(free.unlikelihood, frozenset({"unlikelihood_alpha"}), free.mean_reward),
     "plackett_luce": LossSpec(
         fn=ranking.plackett_luce, kind="ranking", reference="optional", options=REFERENCE | {"beta"}
     ),

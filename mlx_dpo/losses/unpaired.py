@@ -16,7 +16,6 @@ def kto(rows: Unpaired, config: LossConfig) -> mx.array:
     λ_D = `desirable_weight`, λ_U = `undesirable_weight`. z is shared by the micro-batch, so micro-batches do not add up
     to a large batch; the larger they are, the better z is known.
     Ethayarajh et al. 2024 (arXiv 2402.01306), eq. 7.
-
     Example: r = 1, z = 0, λ = 1, good: 1 - σ(1) = 0.2689.
     """
     if rows.kl is None:
@@ -29,7 +28,6 @@ def apo_zero_unpaired(rows: Unpaired, config: LossConfig) -> mx.array:
 
     λ_D (1 - σ(r)) for a good answer, λ_U σ(r) for a bad one: KTO with z = 0, and so a mean over rows.
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7; in TRL a loss of the KTOTrainer.
-
     Example: r = 1, bad, λ_U = 2: 2 σ(1) = 1.4621.
     """
     return _weight(rows, config) * mx.sigmoid(-rows.label * config.beta * rows.log_ratio)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses.divergences import score
+from mlx_dpo.losses.divergences import DIVERGENCES
 from mlx_dpo.types import Kind
 
 
@@ -103,7 +103,7 @@ def pairs(answers: Answers, config: LossConfig) -> Pairs:
     if answers.mask.shape[1] != 2:
         raise ValueError(f"{config.type} compares two answers a row, and the batch has {answers.mask.shape[1]}")
     logps, reference, length = answers.logps, answers.reference_logps, answers.length
-    scores = score(logps - reference, config.f_divergence_type, config.f_alpha_divergence_coef)
+    scores = DIVERGENCES[config.f_divergence_type](logps - reference, config.f_alpha_divergence_coef)
     return Pairs(
         policy_chosen=logps[:, 0],
         policy_rejected=logps[:, 1],
@@ -145,7 +145,10 @@ def mismatched_kl(log_ratio: mx.array) -> mx.array:
 
 
 def demonstrations(answers: Answers, config: LossConfig) -> Demonstrations:
-    """The view of answer 0 alone: the demonstration, the chosen or the best answer."""
+    """The view of answer 0 alone: the demonstration, the chosen or the best answer.
+
+    Summed without LD-DPO's weights: imitation compares no lengths, so its term of a mix keeps every token.
+    """
     return Demonstrations(
         policy=(answers.tokens[:, 0] * answers.mask[:, 0]).sum(axis=-1),
         length=answers.length[:, 0],

@@ -26,15 +26,16 @@ class Matrices(NamedTuple):
     adapter: int
 
 
-def step_flops(batch: Sequence[Lengths], m: Matrices, rank: int, *, trunk_known: bool) -> dict[str, float]:
+def step_flops(batch: Sequence[Lengths], m: Matrices, rank: int, *, activations_known: bool) -> dict[str, float]:
     """Floating-point operations of one step over pairs, by part. A multiplication with an addition counts as 2.
 
     Counted: every prompt once, every answer's last token never as input, logits only where a token of an answer is
-    predicted, frozen weights without a gradient of their own, nothing below the lowest adapted block with `trunk_known`
-    or in the backward pass. Not counted: elementwise work, and the reference, which is computed once for all steps.
+    predicted, frozen weights without a gradient of their own, nothing below the lowest adapted block in the backward
+    pass, nor with `activations_known` in the forward pass. Not counted: elementwise work, and the reference, which is
+    computed once for all steps.
     """
     parts = dict.fromkeys(("forward", "attention", "backward", "head", "adapter"), 0.0)
-    forward = m.adapted if trunk_known else m.blocks
+    forward = m.adapted if activations_known else m.blocks
     for prompt, *answers in batch:
         read = prompt + sum(answer - 1 for answer in answers)
         scored = sum(answers)

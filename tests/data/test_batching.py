@@ -143,7 +143,7 @@ def test_batches_are_of_like_length_but_do_not_drift_from_short_to_long() -> Non
 
     def padding(cut: list[list[int]]) -> float:
         made = [make_batch([rows[i] for i in batch], batch) for batch in cut]
-        return padding_share(group for batch in made for group in whole_sequences(batch, ONE_BUCKET).buckets)
+        return padding_share(bucket for batch in made for bucket in whole_sequences(batch, ONE_BUCKET).buckets)
 
     assert padding(batches) < padding(in_file_order) / 5
     means = [np.mean([length(rows[i]) for i in batch]) for batch in batches]

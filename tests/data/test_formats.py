@@ -12,17 +12,9 @@ from tokenizers import Tokenizer
 from mlx_dpo.data.formats import FORMATS, accepted_shapes, parse_prompt, parse_row
 from mlx_dpo.data.records import Demonstration, PreferencePair, Ranking, Record, Unpaired
 from mlx_dpo.errors import DataError
+from support.rows import ASK, MORE, SYSTEM, THREE, TWO, json_lines
 
-SYSTEM = {"role": "system", "content": "Be brief."}
-ASK = {"role": "user", "content": "What is 1 + 1?"}
-TWO = {"role": "assistant", "content": "Two."}
-THREE = {"role": "assistant", "content": "Three."}
-MORE = {"role": "user", "content": "And 1 + 2?"}
 RIGHT = PreferencePair(id="1", prompt=(ASK,), chosen=(TWO,), rejected=(THREE,))
-
-
-def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def refusal(row: dict[str, Any]) -> str:
@@ -71,27 +63,6 @@ def refusal(row: dict[str, Any]) -> str:
 )
 def test_one_preference_in_many_shapes_is_one_record(row: dict[str, Any]) -> None:
     assert parse_row(row, "1") == RIGHT
-
-
-@pytest.mark.parametrize(
-    ("row", "prompt"),
-    [
-        ({"system": "Be brief.", "question": "What is 1 + 1?"}, (SYSTEM, ASK)),
-        ({"system": "Be brief.", "prompt": "What is 1 + 1?"}, (SYSTEM, ASK)),
-        ({"system_prompt": "Be brief.", "prompt": [ASK]}, (SYSTEM, ASK)),
-        ({"system": "Not this one.", "prompt": [SYSTEM, ASK]}, (SYSTEM, ASK)),
-        ({"instruction": "Add.", "input": "1 and 1"}, ({"role": "user", "content": "Add.\n\n1 and 1"},)),
-        ({"question": "And 1 + 2?", "history": [["What is 1 + 1?", "Two."]]}, (ASK, TWO, MORE)),
-        ({"prompt": []}, ()),
-        (
-            {"prompt": [ASK, {"role": "assistant", "content": "It is"}]},
-            (ASK, {"role": "assistant", "content": "It is"}),
-        ),
-    ],
-)
-def test_what_belongs_to_the_prompt_stands_in_it(row: dict[str, Any], prompt: Any) -> None:
-    answers = {"chosen": [TWO], "rejected": [THREE]}
-    assert parse_row({**row, **answers}, "1") == PreferencePair(id="1", prompt=prompt, chosen=(TWO,), rejected=(THREE,))
 
 
 def test_strings_stay_strings_so_that_a_base_model_can_be_trained() -> None:
@@ -156,84 +127,12 @@ def test_implicit_prompts_are_parted_where_trl_parts_them(golden: Path) -> None:
 
 
 def test_rows_with_a_prompt_are_taken_as_they_are(golden: Path) -> None:
-    for row in rows(golden / "data/standard.jsonl") + rows(golden / "data/conversational.jsonl"):
+    for row in json_lines(golden / "data/standard.jsonl") + json_lines(golden / "data/conversational.jsonl"):
         record = parse_row(row, "1")
         given = tuple(
             text if isinstance(text, str) else tuple(text) for text in map(row.get, ("prompt", "chosen", "rejected"))
         )
         assert (record.prompt, *record.completions) == given
-
-
-@pytest.mark.parametrize("name", ["hh_train", "hh_heldout"])
-def test_hh_dialogues_are_the_messages_that_the_data_names(shared_data: Path, name: str) -> None:
-    dialogues, messages = rows(shared_data / f"{name}.jsonl"), rows(shared_data / f"{name}.messages.jsonl")
-    assert len(dialogues) == len(messages)
-    for dialogue, row in zip(dialogues, messages, strict=True):
-        record = parse_row({**dialogue, "id": row["id"]}, "1")
-        assert record == parse_row(row, "1")
-        assert [list(text) for text in (record.prompt, *record.completions)] == [
-            row["prompt"],
-            row["chosen"],
-            row["rejected"],
-        ]
-
-
-def test_a_role_marker_inside_a_turn_is_text() -> None:
-    opening = "\n\nHuman: What is 1 + 1?\n\nAssistant: "
-    record = parse_row({"chosen": f"{opening}Human: hm", "rejected": f"{opening}No. Human: why?"}, "1")
-    assert [text[0]["content"] for text in record.completions] == ["Human: hm", "No. Human: why?"]
-    assert record.prompt == (ASK,)
-
-
-def test_two_turns_of_one_role_become_one_so_that_roles_alternate() -> None:
-    opening = "\n\nHuman: What is 1 + 1?\n\nAssistant:"
-    record = parse_row({"chosen": f"{opening} Here:\n\nAssistant:  Two.", "rejected": f"{opening} "}, "1")
-    assert record.completions == (
-        ({"role": "assistant", "content": "Here:\n\nTwo."},),
-        ({"role": "assistant", "content": ""},),
-    )
-
-
-def test_every_odd_row_is_a_pair_of_single_answers_and_loses_no_text(shared_data: Path) -> None:
-    for row in rows(shared_data / "odd.jsonl"):
-        record = parse_row(row, "1")
-        assert isinstance(record, PreferencePair)
-        assert [[m["role"] for m in answer] for answer in record.completions] == [["assistant"]] * 2, row["tag"]
-        if row["format"] == "messages":
-            assert record.completions == (tuple(row["chosen"]), tuple(row["rejected"]))
-            assert record.tools == (tuple(row["tools"]) if "tools" in row else None)
-        else:
-            for key, answer in zip(("chosen", "rejected"), record.completions, strict=True):
-                said = "".join(m["content"] for m in (*record.prompt, *answer))
-                unmarked = row[key].replace("\n\nHuman:", "").replace("\n\nAssistant:", "")
-                assert "".join(said.split()) == "".join(unmarked.split()), row["tag"]
-
-
-def test_a_sharegpt_tool_call_is_a_message_with_tool_calls() -> None:
-    conversations = [
-        {"from": "human", "value": "What is 1 + 1?"},
-        {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 1, "b": 1}}'},
-        {"from": "observation", "value": "2"},
-    ]
-    record = parse_row({"conversations": conversations, "chosen": "Two.", "rejected": "Three."}, "1")
-    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 1}}}
-    assert record.prompt[1:] == (
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-        {"role": "tool", "content": "2"},
-    )
-
-
-@pytest.mark.parametrize("tools", [[{"name": "add"}], '[{"name": "add"}]', ['{"name": "add"}'], {"name": "add"}])
-def test_tools_arrive_however_they_are_stored(tools: Any) -> None:
-    row = {"prompt": [ASK], "chosen": [TWO], "rejected": [THREE], "tools": tools}
-    assert parse_row(row, "1").tools == ({"name": "add"},)
-
-
-def test_template_arguments_arrive_and_nulls_and_empty_tools_do_not() -> None:
-    row = {"prompt": [ASK], "chosen": [TWO], "rejected": [THREE], "tools": []}
-    record = parse_row({**row, "chat_template_kwargs": {"enable_thinking": False, "other": None}}, "1")
-    assert (record.tools, record.chat_template_kwargs) == (None, {"enable_thinking": False})
-    assert parse_row({**row, "chat_template_kwargs": '{"enable_thinking": false}'}, "1") == record
 
 
 @pytest.mark.parametrize(
@@ -320,11 +219,6 @@ def test_the_last_message_of_a_judged_conversation_is_what_is_judged() -> None:
 )
 def test_rows_with_one_answer_are_demonstrations(row: dict[str, Any], record: Record) -> None:
     assert parse_row(row, "1") == record
-
-
-@pytest.mark.parametrize(("given", "kept"), [("a", "a"), (7, "7"), (None, "1"), ("", "1"), ([], "1")])
-def test_rows_keep_their_id_or_get_their_number(given: Any, kept: str) -> None:
-    assert parse_row({"id": given, "text": "t"}, "1").id == kept
 
 
 @pytest.mark.parametrize(

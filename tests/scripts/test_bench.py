@@ -68,7 +68,7 @@ def test_an_ideal_step_is_counted_by_hand() -> None:
     Query-key pairs: 3·4/2 in the prompt, 3·1 + 1 for the first answer's read token: 10.
     """
     m = Matrices(blocks=4, adapted=2, block=10, entry=4, query=6, hidden=7, vocabulary=11, adapter=5)
-    counted = step_flops([(3, 2, 1)], m, rank=2, trunk_known=False)
+    counted = step_flops([(3, 2, 1)], m, rank=2, activations_known=False)
     assert counted == {
         "forward": 4 * 2 * 4 * 10,
         "attention": (4 + 2 * 2) * 4 * 6 * 10,
@@ -76,7 +76,7 @@ def test_an_ideal_step_is_counted_by_hand() -> None:
         "head": 4 * 3 * 7 * 11,
         "adapter": 2 * 6 * 4 * 2 * 5,
     }
-    known = step_flops([(3, 2, 1)], m, rank=2, trunk_known=True)
+    known = step_flops([(3, 2, 1)], m, rank=2, activations_known=True)
     assert known == counted | {"forward": 2 * 2 * 4 * 10, "attention": (2 + 2 * 2) * 4 * 6 * 10}
 
 
@@ -121,7 +121,7 @@ def test_a_length_that_may_not_fit_is_not_run(monkeypatch: pytest.MonkeyPatch) -
     assert bench.too_large([point], 300) == {"error": "not run: it may take 37 GB"}
 
 
-def test_every_lever_has_a_run_without_it() -> None:
+def test_every_optimization_has_a_run_without_it() -> None:
     without = [name for name, contender in OURS.items() if len(contender.options["speed"]) == 1]
     assert without == [f"mlx_dpo without {optimization}" for optimization in OPTIMIZATIONS]
     for contender in (OURS | PEERS).values():

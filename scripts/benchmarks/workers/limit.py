@@ -40,7 +40,7 @@ def run(spec: dict[str, Any]) -> None:
     counted = {}
     for name, known in {"first": False, "later": True}.items():
         parts = [
-            step_flops([lengths(pair) for pair in batch], m, spec["rank"], trunk_known=known)
+            step_flops([lengths(pair) for pair in batch], m, spec["rank"], activations_known=known)
             for batch in spec["batches"]
         ]
         counted[name] = [{part: flops / best for part, flops in step.items()} for step in parts]

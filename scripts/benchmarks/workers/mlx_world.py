@@ -24,12 +24,12 @@ class Batches:
     def __len__(self) -> int:
         return len(self._batches[0])
 
-    def __getitem__(self, place: int) -> Any:
-        return self._batches[min(self._at, len(self._batches) - 1)][place]
+    def __getitem__(self, row: int) -> Any:
+        return self._batches[min(self._at, len(self._batches) - 1)][row]
 
-    def itemlen(self, place: int) -> int:
+    def itemlen(self, row: int) -> int:
         """The length of a row whose first element is its tokens."""
-        return len(self[place][0])
+        return len(self[row][0])
 
     def advance(self) -> None:
         """The step is done: the next batch."""

@@ -65,12 +65,12 @@ def run(spec: dict[str, Any]) -> None:
     batches = [list(range(i, i + size)) for i in range(0, len(prepared.rows), size)]
     probe, clock = Probe(), Clock()
     probe.start()
-    for places in batches:
-        metrics = step([places], prepared.config.optim.learning_rate, state)
+    for row_indices in batches:
+        metrics = step([row_indices], prepared.config.optim.learning_rate, state)
         probe.step(loss=metrics["loss"])
     operations: Counter[str] = Counter()
-    for places in batches:
-        operations = _by_part(prepared, optimizer, places, clock)
+    for row_indices in batches:
+        operations = _by_part(prepared, optimizer, row_indices, clock)
     whole = statistics.median(taken["wall"] for taken in probe.steps[spec["warmup"] :])
     parts = clock.medians(spec["warmup"])
     described = parts.pop("graph, described in Python")  # part of the others already
@@ -84,21 +84,23 @@ def run(spec: dict[str, Any]) -> None:
     )
 
 
-def _by_part(prepared: PreparedRun, optimizer: optimizers.Optimizer, places: list[int], clock: Clock) -> Counter[str]:
+def _by_part(
+    prepared: PreparedRun, optimizer: optimizers.Optimizer, row_indices: list[int], clock: Clock
+) -> Counter[str]:
     """Notes the seconds of one batch's parts; the operations of its gradient, counted."""
     model, known = prepared.loaded.model, prepared.ref_logps
     assert known is not None
     model.train()
     began = time.perf_counter()
-    batch = make_batch([prepared.rows[i] for i in places], places)
-    base = batch_ref_logps(known, batch)
+    batch = make_batch([prepared.rows[i] for i in row_indices], row_indices)
+    ref_logps = batch_ref_logps(known, batch)
     clock.note("batch and reference, on the host", time.perf_counter() - began)
     forward, fetched = _forward(prepared, batch, clock)
     mask, rank = mx.array(batch.mask), mx.array(batch.rank)
 
     def objective(model: nn.Module) -> mx.array:
         policy = prepared.scorer.score(batch, gradient=True).logps
-        return compute_loss(policy, base, mask, rank, None, prepared.config.loss).loss
+        return compute_loss(policy, ref_logps, mask, rank, None, prepared.config.loss).loss
 
     began = time.perf_counter()
     loss, gradient = nn.value_and_grad(model, objective)(model)

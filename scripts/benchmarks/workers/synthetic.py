@@ -43,20 +43,20 @@ def run(spec: dict[str, Any]) -> None:
     optimizer, state = make_optimizer(config.optim), TrainerState(fingerprint={})
     optimizer.init(loaded.model.trainable_parameters())
     step = make_step(prepared, optimizer)
-    base = mx.get_active_memory()
+    model_bytes = mx.get_active_memory()
     mx.reset_peak_memory()
     if config.speed.activation_cache and scorer.first_adapted > 0:
-        for place in range(ROWS):
-            with probe.prepared("frozen_blocks" if place else "first frozen_blocks"):
-                _read_trunk(scorer, make_batch([rows[place]], [place]))
+        for i in range(ROWS):
+            with probe.prepared("frozen_blocks" if i else "first frozen_blocks"):
+                _fill_activation_cache(scorer, make_batch([rows[i]], [i]))
     probe.start()
-    for place in range(ROWS):
-        metrics = step([[place]], config.optim.learning_rate, state)
+    for i in range(ROWS):
+        metrics = step([[i]], config.optim.learning_rate, state)
         probe.step(loss=metrics["loss"])
-    write_result(probe, peak_bytes=mx.get_peak_memory(), model_mb=base / 2**20)
+    write_result(probe, peak_bytes=mx.get_peak_memory(), model_mb=model_bytes / 2**20)
 
 
-def _read_trunk(scorer: Scorer, batch: Batch) -> None:
+def _fill_activation_cache(scorer: Scorer, batch: Batch) -> None:
     states = scorer.score(batch, gradient=False).states
     mx.eval(states)
     scorer.keep(batch, states)

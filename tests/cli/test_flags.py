@@ -1,0 +1,64 @@
+"""Every setting has a flag, which arrives; what is given wrongly is named, all of it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_dpo.cli.flags import flag_names
+from mlx_dpo.config import LoraConfig, RunConfig, TrainConfig
+from mlx_dpo.settings import Setting, choices, known_settings, required_type
+from support.command_line import call
+
+FLAGS = [setting for key, setting in known_settings().items() if not key.startswith("speed.")]
+
+
+def sample(setting: Setting) -> tuple[list[str], object]:
+    """A command line's words that change `setting` from its default, and the value they stand for."""
+    flag, kind = flag_names(setting)[0], required_type(setting.kind)
+    special: dict[str, tuple[str, object]] = {
+        "model.quantize_bits": ("4", 4),
+        "model.quantize_group_size": ("32", 32),
+        "optim.name": ("lion", "lion"),
+    }
+    if kind is bool:
+        return [flag], not setting.default
+    if choices(kind):
+        word = next(word for word in choices(kind) if word != setting.default)
+        return [flag, word], word
+    by_kind: dict[Any, tuple[str, object]] = {int: ("3", 3), float: ("0.25", 0.25), str: ("word", "word")}
+    word, value = special.get(setting.key) or by_kind.get(kind) or ("a,b", ("a", "b"))
+    return [flag, word], value
+
+
+@pytest.mark.parametrize("setting", FLAGS, ids=[setting.key for setting in FLAGS])
+def test_every_flag_of_train_arrives(setting: Setting, trained: list[tuple[RunConfig, bool]]) -> None:
+    words, value = sample(setting)
+    needs = {"optim.momentum": ["--optimizer", "sgd"]}.get(setting.key, [])
+    call("train", "--model", "m", "--data", "d", *words, *needs)
+    (config, _), (section, name) = trained[0], setting.key.split(".")
+    assert getattr(getattr(config, section), name) == value
+
+
+def test_flags_not_given_leave_the_file_alone(tmp_path: Path, trained: list[tuple[RunConfig, bool]]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: {path: m}\ndata: {path: d}\nloss: {beta: 0.7}\nlora: {rank: 2}\n")
+    result = call("train", "--config", file, "--rank", 4, "--set", "train.epochs=3", "--output", tmp_path / "out")
+    config, resume = trained[0]
+    assert (config.loss.beta, config.lora.rank, config.train.epochs, resume) == (0.7, 4, 3.0, False)
+    assert result.stdout == f"{tmp_path / 'out'}\n"
+
+
+def test_all_wrong_flags_are_named_at_once() -> None:
+    said = call("train", "--rank", "x", "--loss", "sigmoid", "--dropout", "2", "--set", "a.b=1", code=2).stderr
+    assert "3 settings cannot be used" in said
+    assert "- --rank: must be a whole number, not 'x'" in said
+    assert "- --dropout: must be at least 0 and below 1, not 2.0" in said
+
+
+def test_defaults_stand_in_the_help_as_they_stand_in_the_settings() -> None:
+    shown = " ".join(call("train", "--help").stdout.replace("│", " ").split())
+    assert f"[default: {TrainConfig().batch_size}]" in shown
+    assert f"[default: {LoraConfig().rank}]" in shown
