@@ -8,7 +8,7 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.data.records import Record, Unpaired
 from mlx_dpo.data.tokenize import encode_record, truncate, unwrap
 from mlx_dpo.errors import ModelError
-from mlx_dpo.models.load import resolve
+from mlx_dpo.models.load import model_folder
 
 
 class Piece(NamedTuple):
@@ -35,7 +35,7 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    folder = resolve(config.path, config.revision)
+    folder = model_folder(config.path, config.revision)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers and the model's own code raise of every kind

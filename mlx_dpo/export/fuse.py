@@ -29,8 +29,8 @@ from mlx_dpo.export.forms import (
 from mlx_dpo.export.verify import Verified, verify_folder
 from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import load, resolve
-from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
+from mlx_dpo.models.load import load, model_folder
+from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight, plain_layer
 from mlx_dpo.run.card import card_along
 
 WARN_ABOVE = 2.0
@@ -110,9 +110,8 @@ def fuse(
     report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(losses), error, kept, 0, None)
     if error > WARN_ABOVE:
         on_event(Warned(_advice(report, packed=adapted.bits is not None)))
-    settings = _settle(tuned, config, plain, adapted)
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    settings = _put_into_form(tuned, config, plain, adapted)
+    with written_whole(output, folder=True) as beside:
         on_event(Progressed("writing weights", 0, 1, ""))
         write_folder(tuned, settings, folder, beside)
         card_along(adapter, beside, fused=True, on_event=on_event)
@@ -143,7 +142,7 @@ def load_stored(model: ModelConfig, adapter: str | Path) -> tuple[nn.Module, dic
     """
     from mlx_lm.utils import load_model, quantize_model
 
-    folder = resolve(model.path, model.revision)
+    folder = model_folder(model.path, model.revision)
     try:
         base, config = load_model(folder, lazy=True, trust_remote_code=model.trust_remote_code)
     except Exception as error:  # of any kind, from mlx-lm or the model's own code
@@ -191,7 +190,7 @@ def _shortfall(found: Verified) -> str:
     )
 
 
-def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form) -> dict[str, Any]:
+def _put_into_form(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form) -> dict[str, Any]:
     """Puts every layer into its final form, lazily, and gives the configuration that says so."""
     forms = {name: adapted.of(base_of(module)) for name, module in adapted_layers(model)}
     was_packed = any(is_packed(module) for _, module in model.named_modules())
@@ -210,20 +209,8 @@ def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form
 
 
 def _opened(layer: Any, weight: mx.array, form: Form) -> nn.Module:
-    """An unpacked layer of `layer`'s kind with `weight` in the form's dtype, and its bias."""
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    plain: Any
-    if weight.ndim == 3:
-        plain = SwitchLinear(1, 1, 1, bias=False)
-    elif isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
-        plain = nn.Embedding(1, 1)
-    else:
-        plain = nn.Linear(1, 1, bias=False)
-    plain.weight = weight.astype(form.of(layer).dtype or weight.dtype)
-    if "bias" in layer:
-        plain.bias = layer.bias
-    return plain
+    """An unpacked layer of `layer`'s kind with `weight` in the form's dtype."""
+    return plain_layer(layer, weight.astype(form.of(layer).dtype or weight.dtype))
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -20,7 +20,7 @@ from mlx_dpo.gguf.kquants import K_QUANTS, quantize_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, float32_log_probs, verify_gguf
 from mlx_dpo.gguf.write import AdapterType, ModelType, export_adapter_gguf, export_model_gguf
-from mlx_dpo.models.load import resolve
+from mlx_dpo.models.load import model_folder
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def export_gguf_adapter(
     Raises:
         ModelError: GGUF or llama.cpp cannot hold this adapter, or what was written is not it.
     """
-    base = resolve(model.path, model.revision)
+    base = model_folder(model.path, model.revision)
     with in_mlx_form(model, adapter) as folder, TemporaryDirectory() as made:
         export_adapter_gguf(base, folder, file, dtype)
         if not verify or not runtime_installed():
@@ -111,6 +111,6 @@ def sequences(model: ModelConfig, data: DataConfig | None, rows: int) -> Sequenc
     from mlx_lm.utils import load_tokenizer
 
     data = data or demo_rows()
-    tokenizer = load_tokenizer(resolve(model.path, model.revision))
+    tokenizer = load_tokenizer(model_folder(model.path, model.revision))
     tokenized, _ = encode_records(load_records(data.path)[:rows], tokenizer, data)
     return [row.context(0) + row.completions[0] for row in tokenized]

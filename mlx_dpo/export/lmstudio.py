@@ -51,8 +51,7 @@ def export_lmstudio(
             raise UsageError(f"{word!r} is no name for a publisher or a model", "leave slashes out")
     folder = Path(models).expanduser() / publisher / name
     check_output(folder)
-    with written_whole(folder) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(folder, folder=True) as beside:
         file = f"{name}-{outtype.upper()}.gguf"
         verified = write_fused_gguf(
             model, adapter, beside / file, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event

@@ -22,7 +22,7 @@ from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType, export_model_gguf
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import resolve
+from mlx_dpo.models.load import model_folder
 from mlx_dpo.sampling.generate import end_tokens
 
 PARAMETERS = {
@@ -72,12 +72,11 @@ def export_ollama(
     check_output(output)
     called = re.sub(r"[^a-z0-9._-]+", "-", (name or output.name).lower()).strip("-._") or "tuned"
     gguf = output / f"{called.replace('/', '-')}.gguf"
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(output, folder=True) as beside:
         verified = write_fused_gguf(
             model, adapter, beside / gguf.name, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event
         )
-        text, has_template = modelfile(resolve(model.path, model.revision), gguf.name)
+        text, has_template = modelfile(model_folder(model.path, model.revision), gguf.name)
         (beside / "Modelfile").write_text(text)
     if not has_template:
         on_event(Warned("the chat template is not made of constant texts: Ollama will use its own reading of it"))
@@ -103,7 +102,7 @@ def write_fused_gguf(
     """
     with in_mlx_form(model, adapter) as folder:
         export_model_gguf(
-            resolve(model.path, model.revision), folder, file, outtype,
+            model_folder(model.path, model.revision), folder, file, outtype,
             lambda done, total: on_event(Progressed("writing GGUF", done, total, "tensors")),
         )  # fmt: skip
         if not verify or not runtime_installed():

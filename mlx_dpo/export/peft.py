@@ -71,8 +71,7 @@ def export_peft(
             tensors[f"{prefix}.lora_magnitude_vector"] = module.m.astype(mx.float32)
     settings = peft_settings(tuned, list(names.values()), base_model or model.path)
     found: list[Verified | None] = []
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(output, folder=True) as beside:
         mx.save_safetensors(str(beside / "adapter_model.safetensors"), tensors, metadata={"format": "pt"})
         (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         card_along(adapter, beside, fused=False, on_event=on_event)
@@ -95,8 +94,7 @@ def import_peft(model: ModelConfig, adapter: str | Path, output: Path) -> lora.A
     """
     check_output(output)
     tuned, _, _, settings = load_stored(model, adapter)
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(output, folder=True) as beside:
         lora.save(tuned, settings, beside, base=model.path)
     return settings
 

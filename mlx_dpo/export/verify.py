@@ -24,7 +24,7 @@ from mlx_dpo.gguf.verify import VerifyReport, float32_log_probs, tolerance_for
 from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import load, resolve
+from mlx_dpo.models.load import load, model_folder
 from mlx_dpo.reference.store import RefLogps
 
 EXACT = 1e-3
@@ -264,7 +264,7 @@ def verify_gguf(
     from mlx_lm.utils import load_tokenizer
 
     on_event(Progressed("checking in llama.cpp", 0, 1, ""))
-    folder = resolve(trained.path, trained.revision)
+    folder = model_folder(trained.path, trained.revision)
     data = data or demo_rows()
     tokenized, _ = encode_records(load_records(data.path)[:rows], load_tokenizer(folder)._tokenizer, data)
     on, off = float32_log_probs(folder, trained.adapter)

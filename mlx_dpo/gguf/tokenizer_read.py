@@ -54,7 +54,7 @@ def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return tokenizer, settings
 
 
-def end_tokens(fields: Mapping[str, Any]) -> list[int]:
+def eos_token_ids(fields: Mapping[str, Any]) -> list[int]:
     """Ids that end an answer: the file's own end tokens, then the control tokens known to close a turn."""
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     named = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]

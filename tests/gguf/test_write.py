@@ -34,10 +34,12 @@ def adapter(tiny_llama: Path, tmp_path: Path) -> Path:
     return make_adapter(tmp_path / "adapter", tiny_llama, DENSE)
 
 
-@pytest.mark.parametrize("kind", ["dora", "full"])
-def test_an_adapter_that_is_not_plain_lora(kind: str, adapter: Path, tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "program"), [("dora", "mlx-dpo fuse"), ("full", "mlx_lm.fuse")])
+def test_an_adapter_that_is_not_plain_lora(
+    kind: str, program: str, adapter: Path, tiny_llama: Path, tmp_path: Path
+) -> None:
     change_adapter(adapter, {}, fine_tune_type=kind)
-    with pytest.raises(ModelError, match=f"{kind}.*\n.*mlx-dpo fuse"):
+    with pytest.raises(ModelError, match=f"{kind}.*\n.*{program}"):
         export_adapter_gguf(tiny_llama, adapter, tmp_path / "adapter.gguf")
 
 

@@ -111,7 +111,7 @@ def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
 def test_a_folder_replaces_the_one_that_was_there(tmp_path: Path) -> None:
     target = tmp_path / "checkpoint"
     for content in ("first", "second"):
-        with written_whole(target) as beside:
+        with written_whole(target, folder=True) as beside:
             (beside / f"{content}.txt").write_text(content)
     assert [file.name for file in target.iterdir()] == ["second.txt"]
     assert os.listdir(tmp_path) == ["checkpoint"]
