@@ -9,7 +9,7 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.export.fuse import check_output
-from mlx_dpo.export.ollama import write_fused_gguf
+from mlx_dpo.export.gguf import write_fused_gguf
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
@@ -54,6 +54,6 @@ def export_lmstudio(
     with written_whole(folder, folder=True) as beside:
         file = f"{name}-{outtype.upper()}.gguf"
         verified = write_fused_gguf(
-            model, adapter, beside / file, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event
+            model, adapter, beside / file, outtype, verify=verify, data=data, rows=rows, on_event=on_event
         )
     return LMStudioReport(folder / file, f"{publisher}/{name}", verified)

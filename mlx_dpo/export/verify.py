@@ -20,8 +20,7 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluation.rows import score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.gguf.base import open_base
-from mlx_dpo.gguf.verify import VerifyReport, float32_log_probs, tolerance_for
-from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
+from mlx_dpo.gguf.verify import VerifyReport, compare_in_llama_cpp, float32_log_probs, tolerance_for
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load, model_folder
@@ -123,7 +122,7 @@ def verify(
         lora.load(loaded.model, trained.adapter)
     on = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     del loaded  # the other runtime needs the room
-    found = compare(runtime, tokenized, off, on, run(tokenized, off), tolerance)
+    found = compare_logps(runtime, tokenized, off, on, run(tokenized, off), tolerance)
     on_event(Progressed(f"checking in {runtime}", 1, 1, ""))
     if tolerance is not None and not found.holds:
         raise ModelError(
@@ -139,7 +138,7 @@ def demo_rows() -> DataConfig:
     return DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
 
 
-def compare(
+def compare_logps(
     runtime: str,
     rows: Sequence[TokenizedRow],
     off: RefLogps,
@@ -251,12 +250,15 @@ def verify_gguf(
     file: Path,
     outtype: str,
     *,
+    adapter_file: Path | None = None,
     data: DataConfig | None = None,
     rows: int = 4,
     on_event: OnEvent = ignore,
 ) -> VerifyReport:
-    """Holds a fused GGUF file with weights of `outtype` against base + `trained.adapter` (an mlx-lm folder), by
-    llama.cpp itself, over the likeliest tokens at positions of `rows` rows of `data` or of the demo's rows.
+    """Holds a GGUF file, fused or the base's with `adapter_file` on top, against base + `trained.adapter`.
+
+    llama.cpp computes the likeliest tokens' log-probs at positions of `rows` rows of `data` or of the demo's rows;
+    `outtype` is the type of what was written, which decides how much rounding may make.
 
     Raises:
         MlxDpoError: llama.cpp is not installed, or the file computes something else than was trained, or does nothing.
@@ -270,6 +272,6 @@ def verify_gguf(
     on, off = float32_log_probs(folder, trained.adapter)
     tolerance = tolerance_for(outtype, open_base(folder).model_type)
     ids = [row.context(0) + row.completions[0] for row in tokenized]
-    report = held_in_llama_cpp(file, ids, on, adapter_off=off, tolerance=tolerance)
+    report = compare_in_llama_cpp(file, ids, on, adapter_gguf=adapter_file, adapter_off=off, tolerance=tolerance)
     on_event(Progressed("checking in llama.cpp", 1, 1, ""))
     return report

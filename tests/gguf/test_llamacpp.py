@@ -19,7 +19,7 @@ from mlx_dpo.data.load import load_splits
 from mlx_dpo.data.tokenize import encode_records
 from mlx_dpo.errors import MlxDpoError
 from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
-from mlx_dpo.gguf.verify import float32_log_probs, verify_gguf
+from mlx_dpo.gguf.verify import compare_in_llama_cpp, float32_log_probs
 from mlx_dpo.gguf.write import export_adapter_gguf, export_model_gguf
 from mlx_dpo.models.load import load
 from mlx_dpo.training.loop import train
@@ -97,7 +97,7 @@ def test_the_check_passes_what_is_right_and_fails_loudly_otherwise(tmp_path: Pat
     export_adapter_gguf(base, adapter, tmp_path / "adapter.gguf")
     on, off = float32_log_probs(base, adapter)
     rows = [IDS, IDS[:7]]
-    report = verify_gguf(
+    report = compare_in_llama_cpp(
         tmp_path / "base.gguf", rows, on, adapter_gguf=tmp_path / "adapter.gguf", adapter_off=off, positions=3
     )
     assert report.positions == 6
@@ -105,9 +105,9 @@ def test_the_check_passes_what_is_right_and_fails_loudly_otherwise(tmp_path: Pat
     assert report.control is not None
     assert report.control > 0.5
     with pytest.raises(MlxDpoError, match="is allowed"):  # the base alone is not the tuned model
-        verify_gguf(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3)
+        compare_in_llama_cpp(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3)
     with pytest.raises(MlxDpoError, match="cannot be seen"):  # whatever is allowed, it must be nearer to the tuned one
-        verify_gguf(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3, tolerance=1e9)
+        compare_in_llama_cpp(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3, tolerance=1e9)
 
 
 @pytest.mark.real_model
