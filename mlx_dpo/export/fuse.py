@@ -1,4 +1,4 @@
-"""Base and adapter fused into one plain mlx-lm folder, with what rounding takes from the tuning measured and said."""
+"""Base and adapter fused into one plain mlx-lm folder; how much of the tuning rounding takes is measured and said."""
 
 from __future__ import annotations
 
@@ -101,13 +101,13 @@ def fuse(
     tuned, config, folder, _ = load_stored(model, adapter)
     plain, adapted = choose_forms(tuned, dtype, quantize_bits, quantize_group_size, quantize_mode, keep_adapted_bits)
     count = len(adapted_layers(tuned))
-    losses: list[LayerRoundingError] = []
-    for loss in rounding_errors(tuned, adapted):
-        losses.append(loss)
-        on_event(Progressed("measuring what rounding takes", len(losses), count, "layers"))
+    layers: list[LayerRoundingError] = []
+    for layer in rounding_errors(tuned, adapted):
+        layers.append(layer)
+        on_event(Progressed("measuring what rounding takes", len(layers), count, "layers"))
     one = base_of(adapted_layers(tuned)[0][1])
-    error, kept = total_rounding_error(losses)
-    report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(losses), error, kept, 0, None)
+    error, kept = total_rounding_error(layers)
+    report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(layers), error, kept, 0, None)
     if error > WARN_ABOVE:
         on_event(Warned(_advice(report, packed=adapted.bits is not None)))
     settings = _put_into_form(tuned, config, plain, adapted)
@@ -119,7 +119,7 @@ def fuse(
         verified = None
         if verify:
             trained = replace(model, adapter=str(adapter))
-            exact = all(loss.form == "float32" for loss in losses)
+            exact = all(layer.form == "float32" for layer in layers)
             verified = verify_folder(trained, beside, exact=exact, data=data, rows=rows, on_event=on_event)
             if not verified.holds:
                 on_event(Warned(_shortfall(verified)))
@@ -191,7 +191,11 @@ def _shortfall(found: Verified) -> str:
 
 
 def _put_into_form(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form) -> dict[str, Any]:
-    """Puts every layer into its final form, lazily, and gives the configuration that says so."""
+    """Puts every layer into its final form, lazily, and gives the configuration that says so.
+
+    The order matters: the forms are read off the adapted layers while these are there, and everything is opened and
+    cast before anything is packed, since a packed layer's scales get the dtype of the weight it is packed from.
+    """
     forms = {name: adapted.of(base_of(module)) for name, module in adapted_layers(model)}
     was_packed = any(is_packed(module) for _, module in model.named_modules())
     merged = [(name, _opened(base_of(module), merged_weight(module), plain)) for name, module in adapted_layers(model)]

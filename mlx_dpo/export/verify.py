@@ -50,7 +50,7 @@ class Verified:
     the root-mean-square difference that the adapter makes, `off` that between export and base. An exact export has
     `largest` within `tolerance`; a rounded one (`tolerance` None) an error well below the effect. `accuracy` is the
     share of pairs that the export ranks right by its margin over the base, `trained_accuracy` the same of what was
-    trained; None without pairs. `kl` estimates KL(trained ‖ exported) per token (k2 on the rows' answers).
+    trained; None without pairs.
     """
 
     runtime: str
@@ -61,7 +61,6 @@ class Verified:
     effect: float
     off: float
     tolerance: float | None
-    kl: float
     accuracy: float | None
     trained_accuracy: float | None
 
@@ -114,9 +113,8 @@ def verify(
         ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
     """
     on_event(Progressed(f"checking in {runtime}", 0, 1, ""))
-    data = data or demo_rows()
     loaded = load(trained)
-    tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
+    tokenized = first_rows(data, rows, loaded.tokenizer)
     off = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     if trained.adapter:
         lora.load(loaded.model, trained.adapter)
@@ -133,9 +131,10 @@ def verify(
     return found
 
 
-def demo_rows() -> DataConfig:
-    """The package's own rows, for who has none."""
-    return DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
+def first_rows(data: DataConfig | None, rows: int, tokenizer: Any) -> list[TokenizedRow]:
+    """The first rows of `data` as token ids; of the package's own held-out rows for who has none."""
+    data = data or DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
+    return encode_records(load_records(data.path)[:rows], tokenizer, data)[0]
 
 
 def compare_logps(
@@ -160,7 +159,6 @@ def compare_logps(
         effect=_rms(trained - base),
         off=_rms(other - base),
         tolerance=tolerance,
-        kl=float(np.mean((trained - other) ** 2) / 2),
         accuracy=_accuracy(pairs, off, exported),
         trained_accuracy=_accuracy(pairs, off, on),
     )
@@ -267,8 +265,7 @@ def verify_gguf(
 
     on_event(Progressed("checking in llama.cpp", 0, 1, ""))
     folder = model_folder(trained.path, trained.revision)
-    data = data or demo_rows()
-    tokenized, _ = encode_records(load_records(data.path)[:rows], load_tokenizer(folder)._tokenizer, data)
+    tokenized = first_rows(data, rows, load_tokenizer(folder)._tokenizer)
     on, off = float32_log_probs(folder, trained.adapter)
     tolerance = tolerance_for(outtype, open_base(folder).model_type)
     ids = [row.context(0) + row.completions[0] for row in tokenized]
