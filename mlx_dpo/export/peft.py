@@ -80,6 +80,7 @@ def export_peft(
             found.append(
                 verify_folder(trained, folder, adapter=beside, exact=True, data=data, rows=rows, on_event=on_event)
             )
+            # transformers cannot load what MLX packed, so there is no base there to put the adapter on
             if has_peft() and not packed and model.quantize_bits is None:
                 found.append(verify_peft(trained, folder, beside, data=data, rows=rows, on_event=on_event))
     return PeftReport(output, len(names), settings["base_model_name_or_path"], tuple(v for v in found if v))

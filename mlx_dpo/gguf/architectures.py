@@ -160,16 +160,11 @@ def to_mlx_name(architecture: Architecture, name: str) -> str | None:
 def to_gguf_name(architecture: Architecture, name: str) -> str | None:
     """The reverse of `to_mlx_name`."""
     stem, _, kind = name.rpartition(".")
-    for gguf_name, mlx_name in GLOBAL_NAMES.items():
-        if stem == mlx_name:
-            return f"{gguf_name}.{kind}"
-    if not stem.startswith("model.layers."):
-        return None
+    theirs = {mlx_name: gguf_name for gguf_name, mlx_name in (GLOBAL_NAMES | dict(architecture.block)).items()}
+    if stem in GLOBAL_NAMES.values():
+        return f"{theirs[stem]}.{kind}"
     layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    for gguf_name, mlx_name in architecture.block.items():
-        if part == mlx_name:
-            return f"blk.{layer}.{gguf_name}.{kind}"
-    return None
+    return f"blk.{layer}.{theirs[part]}.{kind}" if stem.startswith("model.layers.") and part in theirs else None
 
 
 def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -18,16 +18,19 @@ from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture
 from mlx_dpo.models.merge import unpacked
 from mlx_dpo.models.trees import read_json, read_weights
 
+ANOTHER_WAY = (
+    "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then try llama.cpp's converter on it: "
+    "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf"
+)
 NOT_OF_THE_TEXT_MODEL = ("vision_tower.", "multi_modal_projector.")
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
-@dataclass(frozen=True)
-class Quantization:
+class Quantization(NamedTuple):
     """How one matrix is quantized: `mode` is one of MLX's, affine or a micro-scaling one."""
 
-    bits: int
     group_size: int
+    bits: int
     mode: str
 
 
@@ -63,7 +66,7 @@ class Base:
         scales = self.array(f"{module}.scales")
         said = self.config.get("quantization") or {}
         mode = {**said, **(said.get(self.prefix + module) or {})}.get("mode", "affine")
-        return Quantization(self.array(name).shape[-1] * 32 // columns, columns // scales.shape[-1], mode)
+        return Quantization(columns // scales.shape[-1], self.array(name).shape[-1] * 32 // columns, mode)
 
     def dense(self, name: str) -> np.ndarray:
         """One tensor in float32, dequantized in float32."""
@@ -71,7 +74,7 @@ class Base:
         if how is not None:
             module = name.removesuffix(".weight")
             biases = self.array(f"{module}.biases") if how.mode == "affine" else None
-            weight = unpacked(weight, self.array(f"{module}.scales"), biases, how.group_size, how.bits, how.mode)
+            weight = unpacked(weight, self.array(f"{module}.scales"), biases, *how)
         return np.array(weight.astype(mx.float32))
 
 
@@ -95,8 +98,7 @@ def open_base(folder: str | Path) -> Base:
         raise ModelError(
             f"{folder}: models of type {model_type!r} are not written as GGUF here; those that are: "
             f"{', '.join(ARCHITECTURES)}.",
-            "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then run llama.cpp's converter on it: "
-            "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf",
+            ANOTHER_WAY,
         )
     if quantized_elsewhere:
         raise ModelError(
@@ -123,7 +125,7 @@ def _find_tensors(folder: Path, prefix: str) -> dict[str, list[tuple[Path, str]]
             name = key.removeprefix(prefix)
             if key.startswith(NOT_OF_THE_TEXT_MODEL) or "rotary_emb.inv_freq" in key:
                 continue
-            if match := EXPERT.fullmatch(name):
+            if match := EXPERT.fullmatch(name):  # Hugging Face has a tensor an expert, mlx-lm and ggml one for all
                 stacked = f"{match[1]}.switch_mlp.{match[3]}.weight"
                 experts.setdefault(stacked, {})[int(match[2])] = (file, key)
             else:

@@ -38,7 +38,7 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
     config.setdefault("intermediate_size", 0)
     config.setdefault("rope_theta", 10000.0)
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    if model_type == "llama":
+    if model_type == "llama":  # the one whose biases are a setting; the file says it by having them
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture.query_scalar_big is not None:

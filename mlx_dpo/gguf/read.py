@@ -57,6 +57,7 @@ def import_gguf(
     path, folder = Path(gguf_path), Path(output_folder)
     if folder.exists():
         raise ModelError(f"{folder} exists already.", "Name a folder that does not exist yet.")
+    # all that can be refused is refused before the first weight is read: settings and tokenizer take a moment
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if field.types}
     model_type = model_type_of(fields["general.architecture"])
@@ -138,6 +139,7 @@ def _write_weights(
         shards.append(sorted(shard))
         shard.clear()
 
+    # how many shards there will be is known only at the end, so they get their names then
     for done, tensor in enumerate(tensors):
         name = names[tensor.name]
         if name is not None:
@@ -189,7 +191,7 @@ def _convert(
     else:
         values = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
         if kind == "F32" and architecture.norm_offset and name.endswith("norm.weight"):
-            values = values - 1.0
+            values = values - 1.0  # gemma multiplies by weight + 1, and its files hold the sum
         kept = mx.float32 if kind == "F32" else mx.float16
         array = mx.array(values).astype(kept if dtype == "keep" else DTYPES[dtype])
     mx.eval(array)

@@ -135,6 +135,7 @@ def export_model_gguf(
 def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
     """The ggml type of a tensor, and whether it is the base's own bits repacked."""
     shape = base.shapes[name]
+    # llama.cpp multiplies norms, biases and routers in float32, whatever the type of the file
     if len(shape) == 1 or name.endswith("mlp.gate.weight"):
         return "F32", False
     if outtype != "q4_1":
@@ -147,7 +148,7 @@ def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str
         return STORED.get(base.array(name).dtype, "F16"), False
     if how.mode != "affine":
         return "F16", False
-    exact = exact_kind(how.bits, how.group_size, how.mode, *_scales(base, name))
+    exact = exact_kind(*how, *_scales(base, name))
     return exact or "F16", exact is not None
 
 
@@ -166,7 +167,7 @@ def _in_ggml_order(base: Base, name: str, rows: np.ndarray) -> np.ndarray:
 
 def _dense(base: Base, name: str, kind: str, adapter: LoraFolder | None) -> np.ndarray:
     values = base.dense(name)
-    if adapter is not None:
+    if adapter is not None:  # before rows move: the adapter's B has its rows where the base has them
         values = values + adapter.delta(name.removesuffix(".weight"))
     if base.architecture.norm_offset and name.endswith("norm.weight"):
         values = values + np.float32(1)

@@ -88,8 +88,8 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
     if not config.path:
         raise UsageError("no model given", "name a folder or a Hub model with --model")
     folder = model_folder(config.path, config.revision, weights=weights)
-    _check_folder(folder, weights=weights)
-    model, settings, form = _read(folder, config, strict=weights)
+    model, settings, form = read_stored(folder, config, weights=weights)
+    form += "+" + _set_compute_dtype(model, config)
     with _readable(folder):
         wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
     model.freeze()
@@ -100,16 +100,21 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
     return loaded
 
 
-def _read(folder: Path, config: ModelConfig, *, strict: bool = True) -> tuple[nn.Module, dict[str, Any], str]:
-    """A model in the form that `config` asks for, its configuration, and a name for the form; no weight is read yet."""
+def read_stored(folder: Path, config: ModelConfig, *, weights: bool = True) -> tuple[nn.Module, dict[str, Any], str]:
+    """A model with its weights as they are stored (or quantized, where `config` asks for it), its configuration, and
+    a name for how its weights are quantized. No weight is read yet.
+
+    Raises:
+        ModelError, UsageError: as `load`.
+    """
     from mlx_lm.utils import load_model
 
+    _check_folder(folder, weights=weights)
     with _readable(folder):
-        model, settings = load_model(folder, lazy=True, strict=strict, trust_remote_code=config.trust_remote_code)
+        model, settings = load_model(folder, lazy=True, strict=weights, trust_remote_code=config.trust_remote_code)
     if not has_weights(folder):
         _give_form(model, settings)
-    form = _quantize_on_load(model, settings, config)
-    return model, settings, form + "+" + _set_compute_dtype(model, config)
+    return model, settings, _quantize_on_load(model, settings, config)
 
 
 @contextmanager
@@ -147,7 +152,8 @@ def unload_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
     Raises:
         ModelError: the model's folder is not what it was.
     """
-    fresh, _, _ = _read(loaded.path, config)
+    fresh, _, _ = read_stored(loaded.path, config)
+    _set_compute_dtype(fresh, config)
     for block, unread in zip(loaded.model.layers[:count], fresh.layers, strict=False):
         block.update(unread.parameters())
 

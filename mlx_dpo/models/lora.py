@@ -62,7 +62,7 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> Adapter:
     keys = _resolve_keys(model.layers[-count:], config.keys)
     scale = config.scale if config.alpha is None else config.alpha / config.rank
     adapter = Adapter(config.rank, scale, config.dropout, count, keys)
-    mx.random.seed(seed)
+    mx.random.seed(seed)  # right before A is drawn, so that nothing that loading drew decides the adapter
     _attach(model, adapter)
     return adapter
 
@@ -135,7 +135,7 @@ def _attach(model: nn.Module, adapter: Adapter) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
-    settings = {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": list(adapter.keys)}
+    settings = adapter.to_json(base="")["lora_parameters"]
     linear_to_lora_layers(model, adapter.num_layers, settings, use_dora=adapter.fine_tune_type == "dora")
     model.eval()  # a new layer starts in training mode
 
@@ -208,4 +208,5 @@ def _assign(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> Non
             "load it on the model it was trained on (adapter_config.json names it)",
         )
     # float32 whatever the file holds: an update of 1e-5 vanishes in half precision
+    # and only now that all of it fits: a refused adapter leaves B zero, so the model computes what it did
     model.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()], strict=False)

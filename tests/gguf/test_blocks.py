@@ -49,7 +49,7 @@ def test_an_mlx_group_that_fits_becomes_a_block_with_no_weight_changed(bits: int
     q = draw.integers(0, 2**bits, size=(4, 128), dtype=np.uint8)
     scale = draw.normal(size=(4, 2)).astype(np.float16).astype(np.float32)  # groups of 64
     bias = -128 * scale if bits == 8 else draw.normal(size=(4, 2)).astype(np.float16).astype(np.float32)
-    assert exact_kind(bits, 64, "affine", scale, bias) == kind
+    assert exact_kind(64, bits, "affine", scale, bias) == kind
     found = gguf.quants.dequantize(pack_blocks(q, scale, bias, kind), gguf.GGMLQuantizationType[kind])
     expected = q * np.repeat(scale, 64, axis=1) + np.repeat(bias, 64, axis=1)
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
@@ -57,11 +57,11 @@ def test_an_mlx_group_that_fits_becomes_a_block_with_no_weight_changed(bits: int
 
 def test_what_ggml_cannot_hold_exactly_has_no_kind() -> None:
     one, third = np.ones((1, 1), np.float32), np.full((1, 1), 1 / 3, np.float32)
-    assert exact_kind(4, 64, "affine", third, one) is None  # a third has no float16
-    assert exact_kind(4, 64, "affine", one, third) is None
-    assert exact_kind(8, 64, "affine", one, one) is None  # Q8_0 keeps no bias
-    assert exact_kind(6, 64, "affine", one, one) is None
-    assert exact_kind(4, 32, "mxfp4", one, one) is None
+    assert exact_kind(64, 4, "affine", third, one) is None  # a third has no float16
+    assert exact_kind(64, 4, "affine", one, third) is None
+    assert exact_kind(64, 8, "affine", one, one) is None  # Q8_0 keeps no bias
+    assert exact_kind(64, 6, "affine", one, one) is None
+    assert exact_kind(32, 4, "mxfp4", one, one) is None
 
 
 def test_rows_of_a_head_alternate_between_its_halves_in_ggml() -> None:
