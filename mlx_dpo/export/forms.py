@@ -95,7 +95,7 @@ def choose_forms(
         usual_group, usual_bits = own_group or usual_group, own_bits or usual_bits
     packed = Form(full.dtype, bits or usual_bits, group_size or usual_group, chosen)
     packed = packed._replace(own=(packed.bits, packed.group_size, packed.mode) == (own_bits, own_group, own_mode))
-    # micro-scaling modes have one form each, none of 8 bits in their groups, so adapted layers become affine there
+    # a micro-scaling mode fixes bits and groups, so what is kept in 8 bits beside it is affine
     fine = Form(full.dtype, 8, packed.group_size if chosen == "affine" else 64)
     try:  # MLX itself is asked: which bits go with which groups differs by its version
         mx.eval([mx.quantize(mx.zeros((1, 512)), form.group_size, form.bits, form.mode) for form in (packed, fine)])

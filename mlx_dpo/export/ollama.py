@@ -35,7 +35,6 @@ class OllamaReport:
     """What was written. `commands` make the model known to Ollama and talk to it; `has_template` says whether the
     Modelfile holds the model's chat template."""
 
-    output: Path
     gguf: Path
     commands: tuple[str, ...]
     has_template: bool
@@ -76,7 +75,7 @@ def export_ollama(
     if not has_template:
         on_event(Warned("the chat template is not made of constant texts: Ollama will use its own reading of it"))
     commands = (f"ollama create {called} -f {quote(str(output / 'Modelfile'))}", f"ollama run {called}")
-    return OllamaReport(output, gguf, commands, has_template, verified)
+    return OllamaReport(gguf, commands, has_template, verified)
 
 
 def modelfile(folder: Path, gguf: str) -> tuple[str, bool]:

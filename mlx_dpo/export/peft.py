@@ -30,7 +30,6 @@ class PeftReport:
 
     output: Path
     modules: int
-    base_model: str
     verified: tuple[Verified, ...]
 
 
@@ -83,7 +82,7 @@ def export_peft(
             # transformers cannot load what MLX packed, so there is no base there to put the adapter on
             if has_peft() and not packed and model.quantize_bits is None:
                 found.append(verify_peft(trained, folder, beside, data=data, rows=rows, on_event=on_event))
-    return PeftReport(output, len(names), settings["base_model_name_or_path"], tuple(v for v in found if v))
+    return PeftReport(output, len(names), tuple(v for v in found if v))
 
 
 def import_peft(model: ModelConfig, adapter: str | Path, output: Path) -> lora.Adapter:

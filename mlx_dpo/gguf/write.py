@@ -135,7 +135,7 @@ def export_model_gguf(
 def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
     """The ggml type of a tensor, and whether it is the base's own bits repacked."""
     shape = base.shapes[name]
-    # llama.cpp multiplies norms, biases and routers in float32, whatever the type of the file
+    # norms, biases and routers are float32 in every file that llama.cpp's own converter writes, and it expects so
     if len(shape) == 1 or name.endswith("mlp.gate.weight"):
         return "F32", False
     if outtype != "q4_1":
