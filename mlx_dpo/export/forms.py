@@ -1,4 +1,4 @@
-"""The forms in which weights are written, and what each takes from a layer's change, measured before it is written."""
+"""The forms in which weights are written (dtype, bits), and how much of the tuning each would round away."""
 
 from __future__ import annotations
 
@@ -95,8 +95,9 @@ def choose_forms(
         usual_group, usual_bits = own_group or usual_group, own_bits or usual_bits
     packed = Form(full.dtype, bits or usual_bits, group_size or usual_group, chosen)
     packed = packed._replace(own=(packed.bits, packed.group_size, packed.mode) == (own_bits, own_group, own_mode))
+    # a micro-scaling mode fixes bits and groups, so what is kept in 8 bits beside it is affine
     fine = Form(full.dtype, 8, packed.group_size if chosen == "affine" else 64)
-    try:
+    try:  # MLX itself is asked: which bits go with which groups differs by its version
         mx.eval([mx.quantize(mx.zeros((1, 512)), form.group_size, form.bits, form.mode) for form in (packed, fine)])
     except ValueError as error:
         raise UsageError(
@@ -123,7 +124,7 @@ def _natural_dtype(model: nn.Module, pack: bool) -> mx.Dtype | None:
 
 @dataclass(frozen=True)
 class LayerRoundingError:
-    """What became of one layer's change Δ = W' - W when W' was rounded to `form`; norms are Frobenius norms.
+    """How far rounding W' to `form` moves one layer's change Δ = W' - W; norms are Frobenius norms.
 
     `error` = ‖(Q(W') - Q(W)) - Δ‖ / ‖Δ‖: 0 when the change arrives whole, about 1 when it is rounded away, more when it
     drowns in rounding noise. `kept` = ⟨Q(W') - Q(W), Δ⟩ / ‖Δ‖²: how much of the change itself arrives, 1 for all of it.
@@ -132,29 +133,28 @@ class LayerRoundingError:
 
     name: str
     form: str
-    weight: float  # ‖W‖
     delta: float  # ‖Δ‖
     error: float
     kept: float
 
 
 def rounding_errors(model: nn.Module, adapted: Form) -> Iterator[LayerRoundingError]:
-    """What rounding to `adapted` takes from each adapted layer, with one layer in memory at a time."""
+    """The rounding error of each adapted layer in the form `adapted`, with one layer in memory at a time."""
     for name, module in adapted_layers(model):
         base = base_of(module)
         form = adapted.of(base)
         before, after = full_weight(base), merged_weight(module)
         delta = after - before
         arrived = rounded(after, form) - (before if form.holds(base) else rounded(before, form))
-        sizes = [_square(before), _square(delta), _square(arrived - delta), (arrived * delta).sum()]
-        mx.eval(sizes)
-        weight, change, lost, along = (float(size) for size in sizes)
-        error, kept = ((lost / change) ** 0.5, along / change) if change else (0.0, 1.0)
-        yield LayerRoundingError(name, str(form), weight**0.5, change**0.5, error, kept)
+        sums = [(delta * delta).sum(), ((arrived - delta) ** 2).sum(), (arrived * delta).sum()]
+        mx.eval(sums)  # here, so that the next layer's weights come only when this one's are gone
+        change, off, along = (float(value) for value in sums)
+        error, kept = ((off / change) ** 0.5, along / change) if change else (0.0, 1.0)
+        yield LayerRoundingError(name, str(form), change**0.5, error, kept)
 
 
 def total_rounding_error(layers: Sequence[LayerRoundingError]) -> tuple[float, float]:
-    """`error` and `kept` of all layers as if they were one."""
+    """`error` and `kept` of all layers as if they were one: each weighs as much as its change is large."""
     change = sum(layer.delta**2 for layer in layers)
     if not change:
         return 0.0, 1.0
@@ -172,7 +172,3 @@ def rounded(weight: mx.array, form: Form) -> mx.array:
         scales, biases = scales.astype(mx.float32), [biases[0].astype(mx.float32)]
     bias = biases[0] if biases else None
     return mx.dequantize(packed, scales, bias, form.group_size, form.bits, form.mode, dtype=mx.float32)
-
-
-def _square(values: mx.array) -> mx.array:
-    return (values * values).sum()

@@ -1,11 +1,9 @@
-"""Base and adapter fused into one plain mlx-lm folder, with what rounding takes from the tuning measured and said."""
+"""Base and adapter fused into one plain mlx-lm folder; how much of the tuning rounding takes is measured and said."""
 
 from __future__ import annotations
 
-import io
 import shutil
 from collections.abc import Collection, Mapping
-from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_dpo.config import DataConfig, Dtype, ModelConfig
-from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.export.forms import (
     Form,
@@ -29,8 +27,8 @@ from mlx_dpo.export.forms import (
 from mlx_dpo.export.verify import Verified, verify_folder
 from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import load, resolve
-from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight
+from mlx_dpo.models.load import model_folder, read_stored
+from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight, plain_layer
 from mlx_dpo.run.card import card_along
 
 WARN_ABOVE = 2.0
@@ -101,26 +99,26 @@ def fuse(
     tuned, config, folder, _ = load_stored(model, adapter)
     plain, adapted = choose_forms(tuned, dtype, quantize_bits, quantize_group_size, quantize_mode, keep_adapted_bits)
     count = len(adapted_layers(tuned))
-    losses: list[LayerRoundingError] = []
-    for loss in rounding_errors(tuned, adapted):
-        losses.append(loss)
-        on_event(Progressed("measuring what rounding takes", len(losses), count, "layers"))
+    layers: list[LayerRoundingError] = []
+    for layer in rounding_errors(tuned, adapted):
+        layers.append(layer)
+        on_event(Progressed("measuring what rounding takes", len(layers), count, "layers"))
     one = base_of(adapted_layers(tuned)[0][1])
-    error, kept = total_rounding_error(losses)
-    report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(losses), error, kept, 0, None)
+    error, kept = total_rounding_error(layers)
+    report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(layers), error, kept, 0, None)
     if error > WARN_ABOVE:
         on_event(Warned(_advice(report, packed=adapted.bits is not None)))
-    settings = _settle(tuned, config, plain, adapted)
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    # from here on the adapter is gone from `tuned`; measuring came first
+    settings = _put_into_form(tuned, config, plain, adapted)
+    with written_whole(output, folder=True) as beside:
         on_event(Progressed("writing weights", 0, 1, ""))
         write_folder(tuned, settings, folder, beside)
         card_along(adapter, beside, fused=True, on_event=on_event)
         on_event(Progressed("writing weights", 1, 1, ""))
         verified = None
-        if verify:
+        if verify:  # inside the `with`: a folder that is not the trained model never gets its name
             trained = replace(model, adapter=str(adapter))
-            exact = all(loss.form == "float32" for loss in losses)
+            exact = all(layer.form == "float32" for layer in layers)
             verified = verify_folder(trained, beside, exact=exact, data=data, rows=rows, on_event=on_event)
             if not verified.holds:
                 on_event(Warned(_shortfall(verified)))
@@ -141,17 +139,8 @@ def load_stored(model: ModelConfig, adapter: str | Path) -> tuple[nn.Module, dic
     Raises:
         ModelError: model or adapter cannot be used.
     """
-    from mlx_lm.utils import load_model, quantize_model
-
-    folder = resolve(model.path, model.revision)
-    try:
-        base, config = load_model(folder, lazy=True, trust_remote_code=model.trust_remote_code)
-    except Exception as error:  # of any kind, from mlx-lm or the model's own code
-        load(model)  # which says what is wrong
-        raise ModelError(f"cannot load the model in {folder}: {error}") from error
-    if model.quantize_bits is not None:
-        with redirect_stdout(io.StringIO()):  # mlx-lm prints a line there
-            base, config = quantize_model(base, config, model.quantize_group_size, model.quantize_bits)
+    folder = model_folder(model.path, model.revision)
+    base, config, _ = read_stored(folder, model)
     settings = lora.load(base, adapter)
     base.eval()
     return base, config, folder, settings
@@ -191,8 +180,12 @@ def _shortfall(found: Verified) -> str:
     )
 
 
-def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form) -> dict[str, Any]:
-    """Puts every layer into its final form, lazily, and gives the configuration that says so."""
+def _put_into_form(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form) -> dict[str, Any]:
+    """Puts every layer into its final form, lazily, and gives the configuration that says so.
+
+    The order matters: the forms are read off the adapted layers while these are there, and everything is opened and
+    cast before anything is packed, since a packed layer's scales get the dtype of the weight it is packed from.
+    """
     forms = {name: adapted.of(base_of(module)) for name, module in adapted_layers(model)}
     was_packed = any(is_packed(module) for _, module in model.named_modules())
     merged = [(name, _opened(base_of(module), merged_weight(module), plain)) for name, module in adapted_layers(model)]
@@ -210,20 +203,8 @@ def _settle(model: nn.Module, config: dict[str, Any], plain: Form, adapted: Form
 
 
 def _opened(layer: Any, weight: mx.array, form: Form) -> nn.Module:
-    """An unpacked layer of `layer`'s kind with `weight` in the form's dtype, and its bias."""
-    from mlx_lm.models.switch_layers import SwitchLinear
-
-    plain: Any
-    if weight.ndim == 3:
-        plain = SwitchLinear(1, 1, 1, bias=False)
-    elif isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
-        plain = nn.Embedding(1, 1)
-    else:
-        plain = nn.Linear(1, 1, bias=False)
-    plain.weight = weight.astype(form.of(layer).dtype or weight.dtype)
-    if "bias" in layer:
-        plain.bias = layer.bias
-    return plain
+    """An unpacked layer of `layer`'s kind with `weight` in the form's dtype."""
+    return plain_layer(layer, weight.astype(form.of(layer).dtype or weight.dtype))
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast, get_args
 
 from mlx_dpo.config import DataConfig, ModelConfig
-from mlx_dpo.data.load import load_records
-from mlx_dpo.data.tokenize import encode_records
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
-from mlx_dpo.export.ollama import in_mlx_form, write_fused_gguf
-from mlx_dpo.export.verify import demo_rows
-from mlx_dpo.gguf.base import open_base
+from mlx_dpo.export.verify import verify_gguf
+from mlx_dpo.gguf import OnTensor
 from mlx_dpo.gguf.kquants import K_QUANTS, quantize_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
-from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, float32_log_probs, verify_gguf
+from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import AdapterType, ModelType, export_adapter_gguf, export_model_gguf
-from mlx_dpo.models.load import resolve
+from mlx_dpo.models.load import model_folder
 
 
 @dataclass(frozen=True)
@@ -52,22 +48,40 @@ def export_gguf(
         UsageError: `outtype` is no form of a GGUF file, or the file exists.
         MlxDpoError: a K-quant, and no quantizer; the message has the command.
     """
-    if outtype not in K_QUANTS:
-        if outtype not in get_args(ModelType):
-            known = ", ".join((*get_args(ModelType), *K_QUANTS))
-            raise UsageError(f"--outtype {outtype} is no form of a GGUF file", f"one of {known}")
-        found = write_fused_gguf(
-            model, adapter, file,
-            outtype=cast(ModelType, outtype), verify=verify, data=data, rows=rows, on_event=on_event,
-        )  # fmt: skip
-        return GGUFReport(file, found)
+    known = (*get_args(ModelType), *K_QUANTS)
+    if outtype not in known:
+        raise UsageError(f"--outtype {outtype} is no form of a GGUF file", f"one of {', '.join(known)}")
     with TemporaryDirectory() as made:
-        half = Path(made) / "f16.gguf"
-        found = write_fused_gguf(
-            model, adapter, half, outtype="f16", verify=verify, data=data, rows=rows, on_event=on_event
-        )
-        quantize_gguf(half, file, outtype)
+        whole = Path(made) / "f16.gguf" if outtype in K_QUANTS else file
+        plain = cast(ModelType, "f16" if outtype in K_QUANTS else outtype)
+        found = write_fused_gguf(model, adapter, whole, plain, verify=verify, data=data, rows=rows, on_event=on_event)
+        if outtype in K_QUANTS:
+            quantize_gguf(whole, file, outtype)
     return GGUFReport(file, found)
+
+
+def write_fused_gguf(
+    model: ModelConfig,
+    adapter: str | Path,
+    file: Path,
+    outtype: ModelType,
+    *,
+    verify: bool,
+    data: DataConfig | None,
+    rows: int,
+    on_event: OnEvent,
+) -> VerifyReport | None:
+    """Writes base + adapter (an mlx-lm or PEFT folder) as one GGUF file and, where it can, checks it in llama.cpp.
+
+    Raises:
+        ModelError: the model or adapter cannot be a GGUF file, or what was written is not what was trained.
+    """
+    base = model_folder(model.path, model.revision)
+    export_model_gguf(base, adapter, file, outtype, _shown(on_event, "writing GGUF"))
+    if not verify or not runtime_installed():
+        return None
+    trained = replace(model, adapter=str(adapter))
+    return verify_gguf(trained, file, outtype, data=data, rows=rows, on_event=on_event)
 
 
 def export_gguf_adapter(
@@ -86,31 +100,19 @@ def export_gguf_adapter(
     Raises:
         ModelError: GGUF or llama.cpp cannot hold this adapter, or what was written is not it.
     """
-    base = resolve(model.path, model.revision)
-    with in_mlx_form(model, adapter) as folder, TemporaryDirectory() as made:
-        export_adapter_gguf(base, folder, file, dtype)
-        if not verify or not runtime_installed():
-            if verify:
-                on_event(Warned("not checked in llama.cpp: pip install 'mlx-dpo[verify]'"))
-            return GGUFReport(file, None)
+    base = model_folder(model.path, model.revision)
+    export_adapter_gguf(base, adapter, file, dtype)
+    if not verify or not runtime_installed():
+        if verify:
+            on_event(Warned("not checked in llama.cpp: pip install 'mlx-dpo[verify]'"))
+        return GGUFReport(file, None)
+    with TemporaryDirectory() as made:
         plain = Path(made) / "base.gguf"
-        export_model_gguf(
-            base, None, plain, "f32",
-            lambda done, total: on_event(Progressed("writing the base for the check", done, total, "tensors")),
-        )  # fmt: skip
-        on, off = float32_log_probs(base, folder)
-        found = verify_gguf(
-            plain, sequences(model, data, rows), on, adapter_gguf=file, adapter_off=off,
-            tolerance=TOLERANCES[dtype] + open_base(base).architecture.own_rounding,
-        )  # fmt: skip
+        export_model_gguf(base, None, plain, "f32", _shown(on_event, "writing the base for the check"))
+        trained = replace(model, adapter=str(adapter))
+        found = verify_gguf(trained, plain, dtype, adapter_file=file, data=data, rows=rows, on_event=on_event)
     return GGUFReport(file, found)
 
 
-def sequences(model: ModelConfig, data: DataConfig | None, rows: int) -> Sequence[list[int]]:
-    """Prompt and first answer of the first rows of `data`, or of the demo's, as token ids."""
-    from mlx_lm.utils import load_tokenizer
-
-    data = data or demo_rows()
-    tokenizer = load_tokenizer(resolve(model.path, model.revision))
-    tokenized, _ = encode_records(load_records(data.path)[:rows], tokenizer, data)
-    return [row.context(0) + row.completions[0] for row in tokenized]
+def _shown(on_event: OnEvent, stage: str) -> OnTensor:
+    return lambda done, total: on_event(Progressed(stage, done, total, "tensors"))

@@ -9,7 +9,7 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.export.fuse import check_output
-from mlx_dpo.export.ollama import write_fused_gguf
+from mlx_dpo.export.gguf import write_fused_gguf
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
@@ -20,10 +20,9 @@ MODELS = "~/.lmstudio/models"
 
 @dataclass(frozen=True)
 class LMStudioReport:
-    """The file that was written, and the name under which LM Studio shows it."""
+    """The file that was written, which LM Studio shows as publisher/name, and the check of it."""
 
     gguf: Path
-    name: str
     verified: VerifyReport | None
 
 
@@ -51,10 +50,9 @@ def export_lmstudio(
             raise UsageError(f"{word!r} is no name for a publisher or a model", "leave slashes out")
     folder = Path(models).expanduser() / publisher / name
     check_output(folder)
-    with written_whole(folder) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(folder, folder=True) as beside:
         file = f"{name}-{outtype.upper()}.gguf"
         verified = write_fused_gguf(
-            model, adapter, beside / file, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event
+            model, adapter, beside / file, outtype, verify=verify, data=data, rows=rows, on_event=on_event
         )
-    return LMStudioReport(folder / file, f"{publisher}/{name}", verified)
+    return LMStudioReport(folder / file, verified)

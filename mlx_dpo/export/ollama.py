@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mlx_dpo.config import DataConfig, ModelConfig
-from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
-from mlx_dpo.export.fuse import check_output, load_stored
+from mlx_dpo.events import OnEvent, Warned, ignore
+from mlx_dpo.export.fuse import check_output
+from mlx_dpo.export.gguf import write_fused_gguf
 from mlx_dpo.export.ollama_template import go_template, learn_shape
-from mlx_dpo.export.verify import verify_gguf
 from mlx_dpo.files import written_whole
-from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.verify import VerifyReport
-from mlx_dpo.gguf.write import ModelType, export_model_gguf
-from mlx_dpo.models import lora
-from mlx_dpo.models.load import resolve
+from mlx_dpo.gguf.write import ModelType
+from mlx_dpo.models.load import model_folder
 from mlx_dpo.sampling.generate import end_tokens
 
 PARAMETERS = {
@@ -40,7 +35,6 @@ class OllamaReport:
     """What was written. `commands` make the model known to Ollama and talk to it; `has_template` says whether the
     Modelfile holds the model's chat template."""
 
-    output: Path
     gguf: Path
     commands: tuple[str, ...]
     has_template: bool
@@ -72,57 +66,16 @@ def export_ollama(
     check_output(output)
     called = re.sub(r"[^a-z0-9._-]+", "-", (name or output.name).lower()).strip("-._") or "tuned"
     gguf = output / f"{called.replace('/', '-')}.gguf"
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(output, folder=True) as beside:
         verified = write_fused_gguf(
-            model, adapter, beside / gguf.name, outtype=outtype, verify=verify, data=data, rows=rows, on_event=on_event
+            model, adapter, beside / gguf.name, outtype, verify=verify, data=data, rows=rows, on_event=on_event
         )
-        text, has_template = modelfile(resolve(model.path, model.revision), gguf.name)
+        text, has_template = modelfile(model_folder(model.path, model.revision), gguf.name)
         (beside / "Modelfile").write_text(text)
     if not has_template:
         on_event(Warned("the chat template is not made of constant texts: Ollama will use its own reading of it"))
     commands = (f"ollama create {called} -f {quote(str(output / 'Modelfile'))}", f"ollama run {called}")
-    return OllamaReport(output, gguf, commands, has_template, verified)
-
-
-def write_fused_gguf(
-    model: ModelConfig,
-    adapter: str | Path,
-    file: Path,
-    *,
-    outtype: ModelType,
-    verify: bool,
-    data: DataConfig | None,
-    rows: int,
-    on_event: OnEvent,
-) -> VerifyReport | None:
-    """Writes base + adapter as one GGUF file and, where it can, checks it in llama.cpp; `adapter` may be a PEFT folder.
-
-    Raises:
-        ModelError: the model or adapter cannot be a GGUF file, or what was written is not what was trained.
-    """
-    with in_mlx_form(model, adapter) as folder:
-        export_model_gguf(
-            resolve(model.path, model.revision), folder, file, outtype,
-            lambda done, total: on_event(Progressed("writing GGUF", done, total, "tensors")),
-        )  # fmt: skip
-        if not verify or not runtime_installed():
-            return None
-        trained = replace(model, adapter=str(folder))
-        return verify_gguf(trained, file, outtype, data=data, rows=rows, on_event=on_event)
-
-
-@contextmanager
-def in_mlx_form(model: ModelConfig, adapter: str | Path) -> Iterator[Path]:
-    """The adapter's folder, or one of mlx-lm's form with the same adapter, which is gone after the `with`."""
-    folder = Path(adapter).expanduser()
-    if (folder / "adapters.safetensors").is_file():
-        yield folder
-        return
-    with TemporaryDirectory() as made:
-        tuned, _, _, settings = load_stored(model, adapter)
-        lora.save(tuned, settings, Path(made), base=model.path)
-        yield Path(made)
+    return OllamaReport(gguf, commands, has_template, verified)
 
 
 def modelfile(folder: Path, gguf: str) -> tuple[str, bool]:

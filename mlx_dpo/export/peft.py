@@ -30,7 +30,6 @@ class PeftReport:
 
     output: Path
     modules: int
-    base_model: str
     verified: tuple[Verified, ...]
 
 
@@ -71,8 +70,7 @@ def export_peft(
             tensors[f"{prefix}.lora_magnitude_vector"] = module.m.astype(mx.float32)
     settings = peft_settings(tuned, list(names.values()), base_model or model.path)
     found: list[Verified | None] = []
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(output, folder=True) as beside:
         mx.save_safetensors(str(beside / "adapter_model.safetensors"), tensors, metadata={"format": "pt"})
         (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         card_along(adapter, beside, fused=False, on_event=on_event)
@@ -81,9 +79,10 @@ def export_peft(
             found.append(
                 verify_folder(trained, folder, adapter=beside, exact=True, data=data, rows=rows, on_event=on_event)
             )
+            # transformers cannot load what MLX packed, so there is no base there to put the adapter on
             if has_peft() and not packed and model.quantize_bits is None:
                 found.append(verify_peft(trained, folder, beside, data=data, rows=rows, on_event=on_event))
-    return PeftReport(output, len(names), settings["base_model_name_or_path"], tuple(v for v in found if v))
+    return PeftReport(output, len(names), tuple(v for v in found if v))
 
 
 def import_peft(model: ModelConfig, adapter: str | Path, output: Path) -> lora.Adapter:
@@ -95,8 +94,7 @@ def import_peft(model: ModelConfig, adapter: str | Path, output: Path) -> lora.A
     """
     check_output(output)
     tuned, _, _, settings = load_stored(model, adapter)
-    with written_whole(output) as beside:
-        beside.mkdir(exist_ok=True)
+    with written_whole(output, folder=True) as beside:
         lora.save(tuned, settings, beside, base=model.path)
     return settings
 

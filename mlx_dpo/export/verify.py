@@ -20,11 +20,10 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluation.rows import score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.gguf.base import open_base
-from mlx_dpo.gguf.verify import VerifyReport, float32_log_probs, tolerance_for
-from mlx_dpo.gguf.verify import verify_gguf as held_in_llama_cpp
+from mlx_dpo.gguf.verify import VerifyReport, compare_in_llama_cpp, float32_log_probs, tolerance_for
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import load, resolve
+from mlx_dpo.models.load import load, model_folder
 from mlx_dpo.reference.store import RefLogps
 
 EXACT = 1e-3
@@ -51,7 +50,7 @@ class Verified:
     the root-mean-square difference that the adapter makes, `off` that between export and base. An exact export has
     `largest` within `tolerance`; a rounded one (`tolerance` None) an error well below the effect. `accuracy` is the
     share of pairs that the export ranks right by its margin over the base, `trained_accuracy` the same of what was
-    trained; None without pairs. `kl` estimates KL(trained ‖ exported) per token (k2 on the rows' answers).
+    trained; None without pairs.
     """
 
     runtime: str
@@ -62,7 +61,6 @@ class Verified:
     effect: float
     off: float
     tolerance: float | None
-    kl: float
     accuracy: float | None
     trained_accuracy: float | None
 
@@ -115,15 +113,14 @@ def verify(
         ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
     """
     on_event(Progressed(f"checking in {runtime}", 0, 1, ""))
-    data = data or demo_rows()
     loaded = load(trained)
-    tokenized, _ = encode_records(load_records(data.path)[:rows], loaded.tokenizer, data)
+    tokenized = first_rows(data, rows, loaded.tokenizer)
     off = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     if trained.adapter:
         lora.load(loaded.model, trained.adapter)
     on = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     del loaded  # the other runtime needs the room
-    found = compare(runtime, tokenized, off, on, run(tokenized, off), tolerance)
+    found = compare_logps(runtime, tokenized, off, on, run(tokenized, off), tolerance)
     on_event(Progressed(f"checking in {runtime}", 1, 1, ""))
     if tolerance is not None and not found.holds:
         raise ModelError(
@@ -134,12 +131,13 @@ def verify(
     return found
 
 
-def demo_rows() -> DataConfig:
-    """The package's own rows, for who has none."""
-    return DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
+def first_rows(data: DataConfig | None, rows: int, tokenizer: Any) -> list[TokenizedRow]:
+    """The first rows of `data` as token ids; of the package's own held-out rows for who has none."""
+    data = data or DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
+    return encode_records(load_records(data.path)[:rows], tokenizer, data)[0]
 
 
-def compare(
+def compare_logps(
     runtime: str,
     rows: Sequence[TokenizedRow],
     off: RefLogps,
@@ -161,7 +159,6 @@ def compare(
         effect=_rms(trained - base),
         off=_rms(other - base),
         tolerance=tolerance,
-        kl=float(np.mean((trained - other) ** 2) / 2),
         accuracy=_accuracy(pairs, off, exported),
         trained_accuracy=_accuracy(pairs, off, on),
     )
@@ -251,12 +248,15 @@ def verify_gguf(
     file: Path,
     outtype: str,
     *,
+    adapter_file: Path | None = None,
     data: DataConfig | None = None,
     rows: int = 4,
     on_event: OnEvent = ignore,
 ) -> VerifyReport:
-    """Holds a fused GGUF file with weights of `outtype` against base + `trained.adapter` (an mlx-lm folder), by
-    llama.cpp itself, over the likeliest tokens at positions of `rows` rows of `data` or of the demo's rows.
+    """Holds a GGUF file, fused or the base's with `adapter_file` on top, against base + `trained.adapter`.
+
+    llama.cpp computes the likeliest tokens' log-probs at positions of `rows` rows of `data` or of the demo's rows;
+    `outtype` is the type of what was written, which decides how much rounding may make.
 
     Raises:
         MlxDpoError: llama.cpp is not installed, or the file computes something else than was trained, or does nothing.
@@ -264,12 +264,11 @@ def verify_gguf(
     from mlx_lm.utils import load_tokenizer
 
     on_event(Progressed("checking in llama.cpp", 0, 1, ""))
-    folder = resolve(trained.path, trained.revision)
-    data = data or demo_rows()
-    tokenized, _ = encode_records(load_records(data.path)[:rows], load_tokenizer(folder)._tokenizer, data)
+    folder = model_folder(trained.path, trained.revision)
+    tokenized = first_rows(data, rows, load_tokenizer(folder)._tokenizer)
     on, off = float32_log_probs(folder, trained.adapter)
     tolerance = tolerance_for(outtype, open_base(folder).model_type)
     ids = [row.context(0) + row.completions[0] for row in tokenized]
-    report = held_in_llama_cpp(file, ids, on, adapter_off=off, tolerance=tolerance)
+    report = compare_in_llama_cpp(file, ids, on, adapter_gguf=adapter_file, adapter_off=off, tolerance=tolerance)
     on_event(Progressed("checking in llama.cpp", 1, 1, ""))
     return report

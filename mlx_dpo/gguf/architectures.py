@@ -48,7 +48,6 @@ COMMON_SETTINGS = {
     "attention.key_length": "head_dim",
     "rope.freq_base": "rope_theta",
 }
-GELU_TABLE = 0.1  # nats: 0.01 on random models, 0.05 on a tuned gemma 3 of 270 M parameters
 SLIDING = {"attention.sliding_window": "sliding_window"}
 
 LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -69,6 +68,12 @@ class Architecture:
     own_rounding: float = 0.0  # nats that llama.cpp's own float32 costs: it looks GELU up in a table of float16
     query_scalar_big: tuple[int, int] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
 
+
+GEMMAS: dict[str, Any] = {
+    "norm_offset": True,
+    "untied_head": False,
+    "own_rounding": 0.1,  # 0.01 was seen on random models, 0.05 on a tuned gemma 3 of 270 M parameters
+}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(gguf="llama", model_class="LlamaForCausalLM", interleaved_rope=True),
@@ -93,9 +98,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     ),
-    "gemma": Architecture(
-        gguf="gemma", model_class="GemmaForCausalLM", norm_offset=True, untied_head=False, own_rounding=GELU_TABLE
-    ),
+    "gemma": Architecture(gguf="gemma", model_class="GemmaForCausalLM", **GEMMAS),
     "gemma2": Architecture(
         gguf="gemma2",
         model_class="Gemma2ForCausalLM",
@@ -106,9 +109,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "attn_logit_softcapping": "attn_logit_softcapping",
             "final_logit_softcapping": "final_logit_softcapping",
         },
-        norm_offset=True,
-        untied_head=False,
-        own_rounding=GELU_TABLE,
+        **GEMMAS,
         query_scalar_big=(46, 144),
     ),
     "gemma3_text": Architecture(
@@ -117,9 +118,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         block=LLAMA_BLOCK | QK_NORMS | FOUR_NORMS,
         settings=COMMON_SETTINGS | SLIDING | {"rope.freq_base_swa": "rope_local_base_freq"},
         constants={"sliding_window_pattern": 6},
-        norm_offset=True,
-        untied_head=False,
-        own_rounding=GELU_TABLE,
+        **GEMMAS,
         query_scalar_big=(62, 168),
     ),
     "phi3": Architecture(
@@ -160,16 +159,11 @@ def to_mlx_name(architecture: Architecture, name: str) -> str | None:
 def to_gguf_name(architecture: Architecture, name: str) -> str | None:
     """The reverse of `to_mlx_name`."""
     stem, _, kind = name.rpartition(".")
-    for gguf_name, mlx_name in GLOBAL_NAMES.items():
-        if stem == mlx_name:
-            return f"{gguf_name}.{kind}"
-    if not stem.startswith("model.layers."):
-        return None
+    theirs = {mlx_name: gguf_name for gguf_name, mlx_name in (GLOBAL_NAMES | dict(architecture.block)).items()}
+    if stem in GLOBAL_NAMES.values():
+        return f"{theirs[stem]}.{kind}"
     layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    for gguf_name, mlx_name in architecture.block.items():
-        if part == mlx_name:
-            return f"blk.{layer}.{gguf_name}.{kind}"
-    return None
+    return f"blk.{layer}.{theirs[part]}.{kind}" if stem.startswith("model.layers.") and part in theirs else None
 
 
 def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -16,17 +15,22 @@ from mlx.utils import tree_flatten
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture
+from mlx_dpo.models.merge import unpacked
+from mlx_dpo.models.trees import read_json, read_weights
 
+ANOTHER_WAY = (
+    "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then try llama.cpp's converter on it: "
+    "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf"
+)
 NOT_OF_THE_TEXT_MODEL = ("vision_tower.", "multi_modal_projector.")
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
-@dataclass(frozen=True)
-class Quantization:
+class Quantization(NamedTuple):
     """How one matrix is quantized: `mode` is one of MLX's, affine or a micro-scaling one."""
 
-    bits: int
     group_size: int
+    bits: int
     mode: str
 
 
@@ -50,7 +54,7 @@ class Base:
 
     def array(self, name: str) -> mx.array:
         """One tensor, loaded now and not kept."""
-        parts = [load_tensors(file)[key] for file, key in self.files[name]]
+        parts = [read_weights(file)[key] for file, key in self.files[name]]
         return parts[0] if len(parts) == 1 else mx.stack(parts)
 
     def quantization(self, name: str) -> Quantization | None:
@@ -62,19 +66,15 @@ class Base:
         scales = self.array(f"{module}.scales")
         said = self.config.get("quantization") or {}
         mode = {**said, **(said.get(self.prefix + module) or {})}.get("mode", "affine")
-        return Quantization(self.array(name).shape[-1] * 32 // columns, columns // scales.shape[-1], mode)
+        return Quantization(columns // scales.shape[-1], self.array(name).shape[-1] * 32 // columns, mode)
 
     def dense(self, name: str) -> np.ndarray:
         """One tensor in float32, dequantized in float32."""
         weight, how = self.array(name), self.quantization(name)
         if how is not None:
             module = name.removesuffix(".weight")
-            scales = self.array(f"{module}.scales")
-            biases = self.array(f"{module}.biases").astype(mx.float32) if how.mode == "affine" else None
-            scales = scales.astype(mx.float32) if how.mode == "affine" else scales
-            weight = mx.dequantize(
-                weight, scales, biases, group_size=how.group_size, bits=how.bits, mode=how.mode, dtype=mx.float32
-            )
+            biases = self.array(f"{module}.biases") if how.mode == "affine" else None
+            weight = unpacked(weight, self.array(f"{module}.scales"), biases, *how)
         return np.array(weight.astype(mx.float32))
 
 
@@ -85,7 +85,7 @@ def open_base(folder: str | Path) -> Base:
     that are missing or have no place.
     """
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json", "Give the folder of a model that mlx-lm loads.")
     quantized_elsewhere = "quantization" not in config and config.get("quantization_config")
     quantization = config.get("quantization")
     prefix = ""
@@ -98,8 +98,7 @@ def open_base(folder: str | Path) -> Base:
         raise ModelError(
             f"{folder}: models of type {model_type!r} are not written as GGUF here; those that are: "
             f"{', '.join(ARCHITECTURES)}.",
-            "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then run llama.cpp's converter on it: "
-            "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf",
+            ANOTHER_WAY,
         )
     if quantized_elsewhere:
         raise ModelError(
@@ -118,23 +117,15 @@ def open_base(folder: str | Path) -> Base:
     return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
 
 
-def load_tensors(file: Path) -> dict[str, mx.array]:
-    """The tensors of a safetensors file; each is read when it is first used."""
-    loaded = mx.load(str(file))
-    if not isinstance(loaded, dict):
-        raise ModelError(f"{file} is no safetensors file.", "Download it again.")
-    return loaded
-
-
 def _find_tensors(folder: Path, prefix: str) -> dict[str, list[tuple[Path, str]]]:
     found: dict[str, list[tuple[Path, str]]] = {}
     experts: dict[str, dict[int, tuple[Path, str]]] = {}
     for file in sorted(folder.glob("model*.safetensors")):
-        for key in load_tensors(file):
+        for key in read_weights(file):
             name = key.removeprefix(prefix)
             if key.startswith(NOT_OF_THE_TEXT_MODEL) or "rotary_emb.inv_freq" in key:
                 continue
-            if match := EXPERT.fullmatch(name):
+            if match := EXPERT.fullmatch(name):  # Hugging Face has a tensor an expert, mlx-lm and ggml one for all
                 stacked = f"{match[1]}.switch_mlp.{match[3]}.weight"
                 experts.setdefault(stacked, {})[int(match[2])] = (file, key)
             else:
@@ -157,10 +148,3 @@ def _check_names(
             f"{len(strange)} without a place).",
             "Give a complete folder that mlx-lm loads.",
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "Give the folder of a model that mlx-lm loads.") from error

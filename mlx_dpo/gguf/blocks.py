@@ -80,7 +80,7 @@ def unpack_affine(packed: np.ndarray, bits: int) -> np.ndarray:
     return q.reshape(*packed.shape[:-1], -1)
 
 
-def exact_kind(bits: int, group_size: int, mode: str, scale: np.ndarray, bias: np.ndarray) -> str | None:
+def exact_kind(group_size: int, bits: int, mode: str, scale: np.ndarray, bias: np.ndarray) -> str | None:
     """The ggml kind that holds an affine-quantized matrix with no weight changed; None where there is none.
 
     `scale` and `bias` are float32 `[..., groups]`. ggml keeps them in float16, so each must have one; Q8_0 keeps no

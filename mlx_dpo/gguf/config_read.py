@@ -10,6 +10,8 @@ import numpy as np
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import ARCHITECTURES, LLAMA3_DEFAULTS, llama3_factors
 
+LONG = "rope_factors_{}.weight"
+
 
 def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict[str, Any]:
     """The contents of config.json.
@@ -38,7 +40,7 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
     config.setdefault("intermediate_size", 0)
     config.setdefault("rope_theta", 10000.0)
     config["tie_word_embeddings"] = "output.weight" not in tensors
-    if model_type == "llama":
+    if model_type == "llama":  # the one whose biases are a setting; the file says it by having them
         config["attention_bias"] = "blk.0.attn_q.bias" in tensors
         config["mlp_bias"] = "blk.0.ffn_up.bias" in tensors
     if architecture.query_scalar_big is not None:
@@ -61,23 +63,16 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
 def _rope_scaling(
     prefix: str, config: Mapping[str, Any], fields: Mapping[str, Any], tensors: Mapping[str, Any]
 ) -> dict[str, Any] | None:
-    kind = fields.get(f"{prefix}.rope.scaling.type", "none")
     original = fields.get(f"{prefix}.rope.scaling.original_context_length")
-    if "rope_factors_long.weight" in tensors:
-        return {
-            "type": "longrope",
-            "rope_type": "longrope",
-            "long_factor": tensors["rope_factors_long.weight"].data.tolist(),
-            "short_factor": tensors["rope_factors_short.weight"].data.tolist(),
-            "original_max_position_embeddings": original,
-        }
+    if LONG.format("long") in tensors:  # whatever kind the file names
+        factors = {f"{length}_factor": tensors[LONG.format(length)].data.tolist() for length in ("long", "short")}
+        return _scaling("longrope", **factors, original_max_position_embeddings=original)
     if "rope_freqs.weight" in tensors:
         return _llama3_scaling(config, np.asarray(tensors["rope_freqs.weight"].data))
-    if kind == "linear":
-        return {"type": "linear", "rope_type": "linear", "factor": _plain(fields[f"{prefix}.rope.scaling.factor"])}
-    if kind == "yarn":
-        scaling = {"type": "yarn", "rope_type": "yarn", "factor": _plain(fields[f"{prefix}.rope.scaling.factor"])}
-        return scaling | ({"original_max_position_embeddings": int(original)} if original else {})
+    kind = fields.get(f"{prefix}.rope.scaling.type", "none")
+    if kind in ("linear", "yarn"):
+        known = {"original_max_position_embeddings": int(original)} if kind == "yarn" and original else {}
+        return _scaling(kind, factor=_plain(fields[f"{prefix}.rope.scaling.factor"]), **known)
     if kind == "none":
         return None
     raise ModelError(
@@ -86,8 +81,13 @@ def _rope_scaling(
     )
 
 
+def _scaling(kind: str, **settings: Any) -> dict[str, Any]:
+    """mlx-lm's models read `type` or `rope_type`, by their age."""
+    return {"type": kind, "rope_type": kind} | settings
+
+
 def _llama3_scaling(config: Mapping[str, Any], factors: np.ndarray) -> dict[str, Any]:
-    scaling = {"type": "llama3", "rope_type": "llama3", "factor": _plain(factors.max()), **LLAMA3_DEFAULTS}
+    scaling = _scaling("llama3", factor=_plain(factors.max()), **LLAMA3_DEFAULTS)
     expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
     if not np.allclose(factors, expected, rtol=1e-4):
         raise ModelError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,20 @@ from mlx_dpo.gguf.base import Base
 
 Settings = dict[str, Any]
 
+ROPE = ("default", "linear", "llama3", "yarn")
+ROPE_OF_PHI3 = ("default", "linear", "longrope", "su")
+"""Scalings of the rotary embedding that a GGUF file can say."""
+
+YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0}
+"""What llama.cpp takes yarn's other settings to be."""
+
 
 def write_config(base: Base) -> tuple[Settings, dict[str, np.ndarray]]:
     """The file's settings by key, and extra tensors by name (the factors of a scaled rotary embedding).
 
     Raises ModelError that lists everything in the config that llama.cpp computes otherwise than mlx-lm.
     """
-    problems = [said for check in CHECKS if (said := check(base))]
+    problems = list(_differences(base))
     if problems:
         raise ModelError(
             f"{base.folder}: llama.cpp would compute another function than mlx-lm: {'; '.join(problems)}.",
@@ -70,74 +77,37 @@ def _rope_scaling(base: Base) -> dict[str, Any]:
     return getattr(base.args, "rope_scaling", None) or {}
 
 
-def _scaling_known(base: Base) -> str | None:
+def _differences(base: Base) -> Iterator[str]:
+    """What llama.cpp would compute otherwise than mlx-lm, in words.
+
+    Each is something that llama.cpp's loader takes for granted of an architecture and that no setting of the file can
+    say: such a file would load, answer and be wrong.
+    """
+    setting, model_type = base.setting, base.model_type
     scaling = _rope_scaling(base)
     kind = scaling.get("type") or scaling.get("rope_type", "default")
-    known = {"phi3": ("default", "linear", "longrope", "su")}
-    if kind not in known.get(base.model_type, ("default", "linear", "llama3", "yarn")):
-        return f"its rotary embedding is scaled by {kind!r}"
+    if kind not in (ROPE_OF_PHI3 if model_type == "phi3" else ROPE):
+        yield f"its rotary embedding is scaled by {kind!r}"
     if kind == "yarn" and any(scaling.get(key, value) != value for key, value in YARN_DEFAULTS.items()):
-        return f"its yarn scaling has other settings than {YARN_DEFAULTS}"
-    return None
-
-
-YARN_DEFAULTS = {"beta_fast": 32, "beta_slow": 1, "mscale": 1, "mscale_all_dim": 0}
-
-
-def _stray_head(base: Base) -> str | None:
-    stray = "lm_head.weight" in base.files and not base.architecture.untied_head
-    return "it has an output head of its own, which a GGUF file of this architecture cannot" if stray else None
-
-
-def _traditional(base: Base) -> str | None:
-    return "its rotary embedding rotates neighbours" if base.setting("rope_traditional") else None
-
-
-def _sliding_llama(base: Base) -> str | None:
-    types = set(base.setting("layer_types") or ()) if base.architecture.gguf == "llama" else set()
-    return "some of its layers attend within a sliding window" if types - {"full_attention"} else None
-
-
-def _sliding_gemma3(base: Base) -> str | None:
-    pattern = base.setting("sliding_window_pattern") if base.model_type == "gemma3_text" else 6
-    return None if pattern == 6 else f"its sliding_window_pattern is {pattern}, not 6"
-
-
-def _smollm3_layers(base: Base) -> str | None:
-    if base.model_type != "smollm3":
-        return None
-    layers = base.setting("no_rope_layers")
-    usual = [int((i + 1) % 4 != 0) for i in range(len(layers))]
-    return None if list(layers) == usual else "other layers than every fourth lack the rotary embedding"
-
-
-def _experts(base: Base) -> str | None:
-    if base.model_type != "qwen3_moe":
-        return None
-    mixed = base.setting("mlp_only_layers") or base.setting("decoder_sparse_step") != 1
-    if mixed or not base.setting("norm_topk_prob"):
-        return "its experts are not in every layer, or their weights are not normalised"
-    return None
-
-
-def _query_scale(base: Base) -> str | None:
-    if base.architecture.query_scalar_big is None:
-        return None
-    layers, _ = base.architecture.query_scalar_big
-    heads, hidden = base.setting("num_attention_heads"), base.setting("hidden_size")
-    big = base.setting("num_hidden_layers") == layers
-    expected = hidden / heads if big else base.setting("head_dim")
-    said = base.setting("query_pre_attn_scalar")
-    return None if said == expected else f"its query_pre_attn_scalar is {said}, not {expected:g}"
-
-
-CHECKS: tuple[Callable[[Base], str | None], ...] = (
-    _scaling_known,
-    _stray_head,
-    _traditional,
-    _sliding_llama,
-    _sliding_gemma3,
-    _smollm3_layers,
-    _experts,
-    _query_scale,
-)
+        yield f"its yarn scaling has other settings than {YARN_DEFAULTS}"
+    if "lm_head.weight" in base.files and not base.architecture.untied_head:
+        yield "it has an output head of its own, which a GGUF file of this architecture cannot"
+    if setting("rope_traditional"):
+        yield "its rotary embedding rotates neighbours"
+    if base.architecture.gguf == "llama" and set(setting("layer_types") or ()) - {"full_attention"}:
+        yield "some of its layers attend within a sliding window"
+    if model_type == "gemma3_text" and (pattern := setting("sliding_window_pattern")) != 6:
+        yield f"its sliding_window_pattern is {pattern}, not 6"
+    if model_type == "smollm3":
+        layers = list(setting("no_rope_layers"))
+        if layers != [int((i + 1) % 4 != 0) for i in range(len(layers))]:
+            yield "other layers than every fourth lack the rotary embedding"
+    if model_type == "qwen3_moe":
+        mixed = setting("mlp_only_layers") or setting("decoder_sparse_step") != 1
+        if mixed or not setting("norm_topk_prob"):
+            yield "its experts are not in every layer, or their weights are not normalised"
+    if base.architecture.query_scalar_big is not None:
+        big = setting("num_hidden_layers") == base.architecture.query_scalar_big[0]
+        expected = setting("hidden_size") / setting("num_attention_heads") if big else setting("head_dim")
+        if (said := setting("query_pre_attn_scalar")) != expected:
+            yield f"its query_pre_attn_scalar is {said}, not {expected:g}"

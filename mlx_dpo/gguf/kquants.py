@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 from mlx_dpo.errors import MlxDpoError, UsageError
+from mlx_dpo.files import written_whole
 
 QUANTIZER = "llama-quantize"
 K_QUANTS = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k")
@@ -29,13 +30,10 @@ def quantize_gguf(source: str | Path, out: str | Path, kind: str) -> Path:
             f"K-quants are made by llama.cpp's quantizer, and {QUANTIZER} is not installed.",
             f"Install llama.cpp (brew install llama.cpp), then run: {QUANTIZER} {source} {out} {kind.upper()}",
         )
-    beside = out.with_name(f".{out.name}.unfinished")
-    done = subprocess.run(
-        [program, str(source), str(beside), kind.upper()], capture_output=True, text=True, check=False
-    )
-    if done.returncode or not beside.is_file():
-        beside.unlink(missing_ok=True)
-        last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
-        raise MlxDpoError(f"{QUANTIZER} {source} {out} {kind.upper()} failed ({done.returncode}):\n{last}")
-    beside.rename(out)
+    with written_whole(out) as beside:
+        command = [program, str(source), str(beside), kind.upper()]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode or not beside.is_file():
+            last = "\n".join((done.stderr or done.stdout).strip().splitlines()[-5:])
+            raise MlxDpoError(f"{QUANTIZER} {source} {out} {kind.upper()} failed ({done.returncode}):\n{last}")
     return out

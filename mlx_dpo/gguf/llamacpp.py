@@ -57,7 +57,7 @@ def open_llama_cpp(model: str | Path, adapter: str | Path | None = None, *, cont
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
     vocab_size = len(gguf.GGUFReader(model).fields["tokenizer.ggml.tokens"].data)
-    return LlamaCpp(server, vocab_size, _tokenize(server, "a")[-1])
+    return LlamaCpp(server, vocab_size, tokenize(server, "a")[-1])
 
 
 def next_log_probs(llama: LlamaCpp, ids: list[int], top: int | None = None) -> np.ndarray:
@@ -75,12 +75,8 @@ def next_log_probs(llama: LlamaCpp, ids: list[int], top: int | None = None) -> n
     return found
 
 
-def tokenize(llama: LlamaCpp, text: str) -> list[int]:
+def tokenize(server: Any, text: str) -> list[int]:
     """Token ids of `text` without a beginning token; special tokens written out are recognised."""
-    return _tokenize(llama.server, text)
-
-
-def _tokenize(server: Any, text: str) -> list[int]:
     body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{server.listening_address}/tokenize", body, headers)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -15,16 +14,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.errors import ModelError
+from mlx_dpo.files import written_whole
+from mlx_dpo.gguf import OnTensor
 from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture, model_type_of, to_mlx_name
 from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, separate_rope, unpack_blocks
 from mlx_dpo.gguf.config_read import read_config
-from mlx_dpo.gguf.tokenizer_read import end_tokens, read_tokenizer
-
-Progress = Callable[[int, int], None]
-"""Called with the number of tensors done and the number of all."""
+from mlx_dpo.gguf.tokenizer_read import eos_token_ids, read_tokenizer
+from mlx_dpo.models.load import DTYPES
 
 ImportDtype = Literal["keep", "float32", "float16", "bfloat16"]
-DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 SHARD_BYTES = 4 << 30
 SETTING_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
@@ -46,7 +44,7 @@ def import_gguf(
     output_folder: str | Path,
     *,
     dtype: ImportDtype = "keep",
-    progress: Progress | None = None,
+    progress: OnTensor | None = None,
 ) -> ImportReport:
     """Turn a GGUF file into a folder that mlx-lm loads.
 
@@ -59,6 +57,7 @@ def import_gguf(
     path, folder = Path(gguf_path), Path(output_folder)
     if folder.exists():
         raise ModelError(f"{folder} exists already.", "Name a folder that does not exist yet.")
+    # all that can be refused is refused before the first weight is read: settings and tokenizer take a moment
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items() if field.types}
     model_type = model_type_of(fields["general.architecture"])
@@ -79,17 +78,13 @@ def import_gguf(
         )
     config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
     tokenizer, tokenizer_config = read_tokenizer(fields)
-    eos = end_tokens(fields)
+    eos = eos_token_ids(fields)
     config["eos_token_id"] = eos[0] if len(eos) == 1 else eos
     if "tokenizer.ggml.bos_token_id" in fields:
         config["bos_token_id"] = int(fields["tokenizer.ggml.bos_token_id"])
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
-    try:
+    with written_whole(folder, folder=True) as beside:
         modules = _write_weights(reader.tensors, names, architecture, config, dtype, beside, progress)
         if modules:
             usual = Counter(modules.values()).most_common(1)[0][0]
@@ -105,9 +100,6 @@ def import_gguf(
         }
         for name, content in contents.items():
             (beside / name).write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")
-        beside.rename(folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return ImportReport(
         folder=folder,
         model_type=model_type,
@@ -134,7 +126,7 @@ def _write_weights(
     config: dict[str, Any],
     dtype: ImportDtype,
     folder: Path,
-    progress: Progress | None,
+    progress: OnTensor | None,
 ) -> dict[str, int]:
     """Write model*.safetensors and its index; returns bits by quantized module."""
     shards: list[list[str]] = []
@@ -147,6 +139,7 @@ def _write_weights(
         shards.append(sorted(shard))
         shard.clear()
 
+    # how many shards there will be is known only at the end, so they get their names then
     for done, tensor in enumerate(tensors):
         name = names[tensor.name]
         if name is not None:
@@ -198,7 +191,7 @@ def _convert(
     else:
         values = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
         if kind == "F32" and architecture.norm_offset and name.endswith("norm.weight"):
-            values = values - 1.0
+            values = values - 1.0  # gemma multiplies by weight + 1, and its files hold the sum
         kept = mx.float32 if kind == "F32" else mx.float16
         array = mx.array(values).astype(kept if dtype == "keep" else DTYPES[dtype])
     mx.eval(array)

@@ -54,7 +54,7 @@ def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     return tokenizer, settings
 
 
-def end_tokens(fields: Mapping[str, Any]) -> list[int]:
+def eos_token_ids(fields: Mapping[str, Any]) -> list[int]:
     """Ids that end an answer: the file's own end tokens, then the control tokens known to close a turn."""
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     named = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
@@ -72,22 +72,14 @@ def _byte_level(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             f"The file's pre-tokenizer {name!r} (tokenizer.ggml.pre) is unknown here; another would cut words wrongly.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
-    model = _bpe_model(fields) | {
-        "ignore_merges": cut.ignore_merges,
-        "merges": [merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
-    }
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(fields),
-        "normalizer": {"type": "NFC"} if cut.nfc else None,
-        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _steps(cut)},
-        "post_processor": None,
-        "decoder": byte_level | {"add_prefix_space": True},
-        "model": model,
-    }
+    tokenizer = _bpe(
+        fields,
+        normalizer={"type": "NFC"} if cut.nfc else None,
+        pre_tokenizer={"type": "Sequence", "pretokenizers": _steps(cut)},
+        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
+        ignore_merges=cut.ignore_merges,
+        merges=[merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
+    )
     return tokenizer, cut.add_bos
 
 
@@ -102,41 +94,24 @@ def _steps(cut: Pretokenizer) -> list[dict[str, Any]]:
 
 
 def _byte_fallback(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    model = _bpe_model(fields)
-    vocab = model["vocab"]
-    scores = fields["tokenizer.ggml.scores"]
-    unknown = fields.get("tokenizer.ggml.unknown_token_id", 0)
-    model |= {
-        "unk_token": fields["tokenizer.ggml.tokens"][unknown],
-        "fuse_unk": True,
-        "byte_fallback": True,
-        "merges": merges_of_scores(vocab, {piece: scores[i] for piece, i in vocab.items()}),
-    }
+    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
+    vocab = _vocab(fields)
+    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
     replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    decode = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if fields.get("tokenizer.ggml.add_space_prefix", True):
-        normalizer: dict[str, Any] = {
-            "type": "Sequence",
-            "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace],
-        }
-        decode.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    else:
-        normalizer = replace
-    tokenizer = {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(fields),
-        "normalizer": normalizer,
-        "pre_tokenizer": None,
-        "post_processor": None,
-        "decoder": {"type": "Sequence", "decoders": decode},
-        "model": model,
-    }
+    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
+    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if prefix else [])]
+    tokenizer = _bpe(
+        fields,
+        normalizer=prepend if prefix else replace,
+        pre_tokenizer=None,
+        decoder={"type": "Sequence", "decoders": decoders},
+        unk_token=tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],
+        fuse_unk=True,
+        byte_fallback=True,
+        merges=merges_of_scores(vocab, {piece: scores[i] for piece, i in vocab.items()}),
+    )
     return tokenizer, True
 
 
@@ -154,20 +129,28 @@ def merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> l
     return merges
 
 
-def _bpe_model(fields: Mapping[str, Any]) -> dict[str, Any]:
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+def _bpe(
+    fields: Mapping[str, Any], *, normalizer: Any, pre_tokenizer: Any, decoder: dict[str, Any], **model: Any
+) -> dict[str, Any]:
+    """tokenizer.json of a byte-pair encoding; `model` is what it has besides the defaults."""
+    plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
+    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
     return {
-        "type": "BPE",
-        "dropout": None,
-        "unk_token": None,
-        "continuing_subword_prefix": None,
-        "end_of_word_suffix": None,
-        "fuse_unk": False,
-        "byte_fallback": False,
-        "ignore_merges": False,
-        "vocab": {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED},
-        "merges": [],
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": _added_tokens(fields),
+        "normalizer": normalizer,
+        "pre_tokenizer": pre_tokenizer,
+        "post_processor": None,
+        "decoder": decoder,
+        "model": {"type": "BPE"} | plain | flags | {"vocab": _vocab(fields)} | model,
     }
+
+
+def _vocab(fields: Mapping[str, Any]) -> dict[str, int]:
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    return {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
 
 
 def _added_tokens(fields: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -10,8 +10,10 @@ from typing import Any
 import gguf
 
 from mlx_dpo.errors import ModelError
+from mlx_dpo.gguf.base import ANOTHER_WAY
 from mlx_dpo.gguf.pretokenizers import DIGITS, GPT2, PRETOKENIZERS
 from mlx_dpo.gguf.tokenizer_read import CONTROL, SPACE, UNUSED, USER_DEFINED
+from mlx_dpo.models.trees import read_json
 
 NORMAL, UNKNOWN, BYTE = 1, 2, 6  # of tokenizer.ggml.token_type
 NEVER_MERGED = -1e6  # the score of a piece that no merge makes
@@ -26,7 +28,7 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
     llama.cpp would run otherwise: not byte-pair encoding, an unknown pre-tokenizer or normalizer, or more tokens than
     the model has.
     """
-    tokenizer = read_tokenizer_json(folder)
+    tokenizer = read_json(folder / "tokenizer.json", ANOTHER_WAY)
     model = tokenizer["model"]
     if model.get("type", "BPE") != "BPE":
         raise _refusal(folder, f"its model is {model.get('type')}, not byte-pair encoding")
@@ -56,6 +58,7 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
     # It warns of templates for pairs of texts, which a language model never sees.
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
+    # llama.cpp adds a beginning token to some pre-tokenizers unless the file says no, which a folder may leave unsaid
     special.add_special_token.setdefault("bos", False)
     special.add_to_gguf(writer, quiet=True)
     return notes
@@ -94,22 +97,13 @@ def general_name(folder: Path, name: str) -> str:
     A name with "phi-3" or "phi3" in it makes special tokens swallow white space after them, and needs four tokens to
     be there: so it stands in the name exactly when the tokenizer has tokens that do so.
     """
-    tokenizer = read_tokenizer_json(folder)
+    tokenizer = read_json(folder / "tokenizer.json", ANOTHER_WAY)
     tokens = set(tokenizer["model"]["vocab"]) | {added["content"] for added in tokenizer["added_tokens"]}
     swallows = any(added.get("rstrip") for added in tokenizer["added_tokens"]) and tokens.issuperset(PHI3_TOKENS)
     says_so = any(word in name.lower() for word in ("phi-3", "phi3"))
     if says_so == swallows:
         return name
     return f"Phi-3 {name}" if swallows else "model"
-
-
-def read_tokenizer_json(folder: Path) -> dict[str, Any]:
-    """tokenizer.json; ModelError when the folder has none."""
-    path = folder / "tokenizer.json"
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise _refusal(folder, f"its tokenizer.json cannot be read ({error})") from error
 
 
 def _pieces(tokenizer: dict[str, Any], tokens: dict[str, int], vocab_size: int) -> tuple[list[str], list[int]]:
@@ -167,8 +161,4 @@ def _space_prefix(folder: Path, tokenizer: dict[str, Any]) -> bool:
 
 
 def _refusal(folder: Path, reason: str) -> ModelError:
-    return ModelError(
-        f"The tokenizer of {folder} cannot be written as GGUF: {reason}.",
-        "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then try llama.cpp's converter on it: "
-        "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf",
-    )
+    return ModelError(f"The tokenizer of {folder} cannot be written as GGUF: {reason}.", ANOTHER_WAY)

@@ -43,7 +43,7 @@ class VerifyReport:
     tolerance: float
 
 
-def verify_gguf(
+def compare_in_llama_cpp(
     model_gguf: str | Path,
     rows: Sequence[list[int]],
     log_probs: LogProbs,
@@ -91,7 +91,7 @@ def verify_gguf(
 
 
 def float32_log_probs(base: str | Path, adapter: str | Path | None = None) -> tuple[LogProbs, LogProbs | None]:
-    """MLX's log-probs for `verify_gguf`, with the adapter and with it off, by a model loaded in float32."""
+    """MLX's log-probs for `compare_in_llama_cpp`, with the adapter and with it off, by a model loaded in float32."""
     loaded = model.load(ModelConfig(path=str(base), compute_dtype="float32")).model
     loaded.set_dtype(mx.float32)
     if adapter is not None:

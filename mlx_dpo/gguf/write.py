@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,15 +15,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.files import written_whole
+from mlx_dpo.gguf import OnTensor
 from mlx_dpo.gguf.adapter_read import LoraFolder, read_lora
 from mlx_dpo.gguf.architectures import to_gguf_name
 from mlx_dpo.gguf.base import Base, open_base
 from mlx_dpo.gguf.blocks import GROUP, exact_kind, interleave_rope, pack_blocks, unpack_affine
 from mlx_dpo.gguf.config_write import write_config
 from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
-
-Progress = Callable[[int, int], None]
-"""Called with the number of tensors done and the number of all."""
 
 AdapterType = Literal["f32", "f16"]
 ModelType = Literal["f16", "f32", "bf16", "q8_0", "q4_1"]
@@ -51,13 +51,19 @@ class Planned:
     kind: str  # name of the ggml type
     make: Callable[[], np.ndarray]
 
+    @property
+    def nbytes(self) -> int:
+        """How much room it takes in the file."""
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[self.kind]]
+        return int(np.prod(self.shape)) // block * size
+
 
 def export_adapter_gguf(
     base_folder: str | Path,
     adapter_folder: str | Path,
     out: str | Path,
     dtype: AdapterType = "f32",
-    progress: Progress | None = None,
+    progress: OnTensor | None = None,
 ) -> ExportReport:
     """Write an mlx-lm adapter as a GGUF file for `llama.cpp --lora`, beside a GGUF file of the same base.
 
@@ -71,14 +77,15 @@ def export_adapter_gguf(
     for module in adapter.modules:
         name = to_gguf_name(base.architecture, f"{module}.weight")
         for half, matrix in zip("ab", adapter.matrices(module), strict=True):
-            planned.append(Planned(f"{name}.lora_{half}", matrix.shape, kind, _half(base, adapter, module, half, kind)))
+            make = partial(_low_rank, base, adapter, module, half, kind)
+            planned.append(Planned(f"{name}.lora_{half}", matrix.shape, kind, make))
     with _writer(Path(out), base.architecture.gguf) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
         writer.add_name(f"{base.folder.name} adapter")
-        report = _write(writer, Path(out), planned, len(adapter.modules), progress)
-    return report
+        _write(writer, planned, progress)
+    return _report(Path(out), planned, adapter)
 
 
 def export_model_gguf(
@@ -86,7 +93,7 @@ def export_model_gguf(
     adapter_folder: str | Path | None,
     out: str | Path,
     outtype: ModelType = "f16",
-    progress: Progress | None = None,
+    progress: OnTensor | None = None,
 ) -> ExportReport:
     """Write a model, with an adapter fused into it in float32, as a GGUF file.
 
@@ -101,7 +108,7 @@ def export_model_gguf(
     settings, rope_tensors = write_config(base)
     if outtype == "q4_1" and not any(name.endswith(".scales") for name in base.files):
         raise UsageError(f"{base.folder} is not quantized: there are no 4-bit weights to keep.", "Use q8_0 or f16.")
-    planned = [Planned(name, values.shape, "F32", _constant(values)) for name, values in rope_tensors.items()]
+    planned = [Planned(name, values.shape, "F32", partial(np.copy, values)) for name, values in rope_tensors.items()]
     not_exact = []
     for name in (name for name in base.shapes if name in base.files):
         adapted = adapter is not None and name.removesuffix(".weight") in adapter.modules
@@ -109,7 +116,8 @@ def export_model_gguf(
         if outtype == "q4_1" and kind == "F16" and base.quantization(name) and not adapted:
             not_exact.append(name)
         gguf_name = str(to_gguf_name(base.architecture, name))
-        make = _repacked(base, name, kind) if repack else _dense(base, name, kind, adapter if adapted else None)
+        added = adapter if adapted else None
+        make = partial(_repacked, base, name, kind) if repack else partial(_dense, base, name, kind, added)
         planned.append(Planned(gguf_name, base.shapes[name], kind, make))
     with _writer(Path(out), base.architecture.gguf) as writer:
         writer.add_type("model")
@@ -120,13 +128,14 @@ def export_model_gguf(
         for key, value in settings.items():
             add[type(value)](key, value)
         notes = write_tokenizer(base.folder, base.shapes["model.embed_tokens.weight"][0], writer)
-        report = _write(writer, Path(out), planned, len(adapter.modules) if adapter else 0, progress)
-    return replace(report, not_exact=tuple(not_exact), notes=tuple(notes))
+        _write(writer, planned, progress)
+    return _report(Path(out), planned, adapter, not_exact=tuple(not_exact), notes=tuple(notes))
 
 
 def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
     """The ggml type of a tensor, and whether it is the base's own bits repacked."""
     shape = base.shapes[name]
+    # norms, biases and routers are float32 in every file that llama.cpp's own converter writes, and it expects so
     if len(shape) == 1 or name.endswith("mlp.gate.weight"):
         return "F32", False
     if outtype != "q4_1":
@@ -139,7 +148,7 @@ def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str
         return STORED.get(base.array(name).dtype, "F16"), False
     if how.mode != "affine":
         return "F16", False
-    exact = exact_kind(how.bits, how.group_size, how.mode, *_scales(base, name))
+    exact = exact_kind(*how, *_scales(base, name))
     return exact or "F16", exact is not None
 
 
@@ -149,50 +158,33 @@ def _scales(base: Base, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array(scales), np.array(biases)
 
 
-def _heads(base: Base, name: str) -> int | None:
-    """How many heads' rows must be put in ggml's order; None for a tensor whose rows stay."""
+def _in_ggml_order(base: Base, name: str, rows: np.ndarray) -> np.ndarray:
+    """The rows of a tensor, those of queries and keys so that neighbours rotate together where ggml wants them so."""
     heads = {"q_proj": base.setting("num_attention_heads"), "k_proj": base.setting("num_key_value_heads")}
-    return heads.get(name.split(".")[-2]) if base.architecture.interleaved_rope else None
+    part = name.split(".")[-2]
+    return interleave_rope(rows, heads[part]) if base.architecture.interleaved_rope and part in heads else rows
 
 
-def _constant(values: np.ndarray) -> Callable[[], np.ndarray]:
-    return lambda: values
+def _dense(base: Base, name: str, kind: str, adapter: LoraFolder | None) -> np.ndarray:
+    values = base.dense(name)
+    if adapter is not None:  # before rows move: the adapter's B has its rows where the base has them
+        values = values + adapter.delta(name.removesuffix(".weight"))
+    if base.architecture.norm_offset and name.endswith("norm.weight"):
+        values = values + np.float32(1)
+    return _encode(_in_ggml_order(base, name, values), kind)
 
 
-def _dense(base: Base, name: str, kind: str, adapter: LoraFolder | None) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        values = base.dense(name)
-        if adapter is not None:
-            values = values + adapter.delta(name.removesuffix(".weight"))
-        if base.architecture.norm_offset and name.endswith("norm.weight"):
-            values = values + np.float32(1)
-        if heads := _heads(base, name):
-            values = interleave_rope(values, heads)
-        return _encode(values, kind)
-
-    return make
+def _repacked(base: Base, name: str, kind: str) -> np.ndarray:
+    how = base.quantization(name)
+    assert how is not None
+    q = unpack_affine(np.array(base.array(name)), how.bits)
+    return _in_ggml_order(base, name, pack_blocks(q, *_scales(base, name), kind))
 
 
-def _repacked(base: Base, name: str, kind: str) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        how = base.quantization(name)
-        assert how is not None
-        q = unpack_affine(np.array(base.array(name)), how.bits)
-        blocks = pack_blocks(q, *_scales(base, name), kind)
-        heads = _heads(base, name)
-        return interleave_rope(blocks, heads) if heads else blocks
-
-    return make
-
-
-def _half(base: Base, adapter: LoraFolder, module: str, half: str, kind: str) -> Callable[[], np.ndarray]:
-    def make() -> np.ndarray:
-        a, b = adapter.matrices(module)
-        heads = _heads(base, f"{module}.weight")
-        matrix = a if half == "a" else interleave_rope(b, heads) if heads else b
-        return _encode(matrix, kind)
-
-    return make
+def _low_rank(base: Base, adapter: LoraFolder, module: str, half: str, kind: str) -> np.ndarray:
+    a, b = adapter.matrices(module)
+    # ggml computes B (A x) as it stands: only B has the base's rows, so only B's rows are put in its order
+    return _encode(a if half == "a" else _in_ggml_order(base, f"{module}.weight", b), kind)
 
 
 def _encode(values: np.ndarray, kind: str) -> np.ndarray:
@@ -205,42 +197,32 @@ def _writer(out: Path, architecture: str) -> Iterator[Any]:
         raise UsageError(f"{out} exists already.", "Name a file that does not exist yet, or remove it first.")
     if not out.parent.is_dir():
         raise UsageError(f"There is no folder {out.parent}.", "Make it first.")
-    beside = _beside(out)
-    writer = gguf.GGUFWriter(beside, architecture)
-    try:
-        yield writer
-        writer.close()
-        beside.rename(out)
-    finally:
-        writer.close()
-        beside.unlink(missing_ok=True)
+    with written_whole(out) as beside:
+        writer = gguf.GGUFWriter(beside, architecture)
+        try:
+            yield writer
+        finally:
+            writer.close()
 
 
-def _beside(out: Path) -> Path:
-    return out.with_name(f".{out.name}.unfinished")
-
-
-def _write(writer: Any, out: Path, planned: list[Planned], adapted: int, progress: Progress | None) -> ExportReport:
+def _write(writer: Any, planned: list[Planned], on_tensor: OnTensor | None) -> None:
+    """Write settings and tensors. All sizes stand at the head of the file, so the tensors can be made one at a time."""
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]
-        block, size = gguf.GGML_QUANT_SIZES[kind]
-        nbytes = int(np.prod(tensor.shape)) // block * size
-        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), nbytes, kind)
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for done, tensor in enumerate(planned):
         values = tensor.make()
-        expected = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[tensor.kind]]
-        if values.nbytes != int(np.prod(tensor.shape)) // expected[0] * expected[1]:
+        if values.nbytes != tensor.nbytes:
             raise ModelError(f"{tensor.name} has {values.nbytes} bytes, which is not its shape {tensor.shape}.")
         writer.write_tensor_data(values)
-        if progress:
-            progress(done + 1, len(planned))
-    writer.close()
-    return ExportReport(
-        path=out,
-        bytes=_beside(out).stat().st_size,
-        tensors=dict(Counter(tensor.kind for tensor in planned)),
-        adapted=adapted,
-    )
+        if on_tensor:
+            on_tensor(done + 1, len(planned))
+
+
+def _report(out: Path, planned: list[Planned], adapter: LoraFolder | None, **more: tuple[str, ...]) -> ExportReport:
+    kinds = Counter(tensor.kind for tensor in planned)
+    adapted = len(adapter.modules) if adapter else 0
+    return ExportReport(path=out, bytes=out.stat().st_size, tensors=dict(kinds), adapted=adapted, **more)

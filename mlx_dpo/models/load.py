@@ -12,9 +12,11 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.models.merge import full_weight, is_packed, plain_layer
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -35,7 +37,7 @@ class LoadedModel:
     form: str  # how it is held: source quantization and compute dtype, part of the reference cache's key
 
 
-def resolve(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
+def model_folder(path: str, revision: str | None = None, *, weights: bool = True) -> Path:
     """The local folder of a model, fetched from the Hub when `path` is a repository's name.
 
     Without `weights` they are not fetched; the folder has them where they were fetched before.
@@ -85,9 +87,9 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
 
     if not config.path:
         raise UsageError("no model given", "name a folder or a Hub model with --model")
-    folder = resolve(config.path, config.revision, weights=weights)
-    _check_folder(folder, weights=weights)
-    model, settings, form = _read(folder, config, strict=weights)
+    folder = model_folder(config.path, config.revision, weights=weights)
+    model, settings, form = read_stored(folder, config, weights=weights)
+    form += "+" + _set_compute_dtype(model, config)
     with _readable(folder):
         wrapper = load_tokenizer(folder, {"trust_remote_code": config.trust_remote_code})
     model.freeze()
@@ -98,16 +100,21 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
     return loaded
 
 
-def _read(folder: Path, config: ModelConfig, *, strict: bool = True) -> tuple[nn.Module, dict[str, Any], str]:
-    """A model in the form that `config` asks for, its configuration, and a name for the form; no weight is read yet."""
+def read_stored(folder: Path, config: ModelConfig, *, weights: bool = True) -> tuple[nn.Module, dict[str, Any], str]:
+    """A model with its weights as they are stored (or quantized, where `config` asks for it), its configuration, and
+    a name for how its weights are quantized. No weight is read yet.
+
+    Raises:
+        ModelError, UsageError: as `load`.
+    """
     from mlx_lm.utils import load_model
 
+    _check_folder(folder, weights=weights)
     with _readable(folder):
-        model, settings = load_model(folder, lazy=True, strict=strict, trust_remote_code=config.trust_remote_code)
+        model, settings = load_model(folder, lazy=True, strict=weights, trust_remote_code=config.trust_remote_code)
     if not has_weights(folder):
         _give_form(model, settings)
-    form = _quantize_on_load(model, settings, config)
-    return model, settings, form + "+" + _set_compute_dtype(model, config)
+    return model, settings, _quantize_on_load(model, settings, config)
 
 
 @contextmanager
@@ -145,14 +152,15 @@ def unload_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
     Raises:
         ModelError: the model's folder is not what it was.
     """
-    fresh, _, _ = _read(loaded.path, config)
+    fresh, _, _ = read_stored(loaded.path, config)
+    _set_compute_dtype(fresh, config)
     for block, unread in zip(loaded.model.layers[:count], fresh.layers, strict=False):
         block.update(unread.parameters())
 
 
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer holds packed weights."""
-    return any(hasattr(module, "bits") and "scales" in module for _, module in model.named_modules())
+    return any(is_packed(module) for _, module in model.named_modules())
 
 
 def has_weights(folder: Path) -> bool:
@@ -215,22 +223,9 @@ def _set_compute_dtype(model: nn.Module, config: ModelConfig) -> str:
         if mx.default_device() == mx.gpu:
             return "stored"
         wanted = "float32"
-    if mx.default_device() == mx.cpu and is_quantized(model):
-        model.set_dtype(mx.float32)  # scales in half precision would round what they unpack
-        _unpack(model)
+    if mx.default_device() == mx.cpu:
+        # not mlx-lm's dequantize_model: it rounds to the scales' type, and leaves out nvfp4 experts' scale of their own
+        packed = [(name, layer) for name, layer in model.named_modules() if is_packed(layer)]
+        model.update_modules(tree_unflatten([(name, plain_layer(layer, full_weight(layer))) for name, layer in packed]))
     model.set_dtype(DTYPES[wanted])
     return wanted
-
-
-def _unpack(model: nn.Module) -> None:
-    """Packed layers to plain ones; mlx-lm's own unpacking leaves out the scale that an nvfp4 expert may have."""
-    from mlx_lm.utils import dequantize_model
-
-    scaled = [(name, layer) for name, layer in model.named_modules() if layer.get("global_scale") is not None]
-    dequantize_model(model)
-    plain = dict(model.named_modules())
-    for name, layer in scaled:
-        parts = zip(layer.weight, layer.scales, layer.global_scale, strict=True)
-        plain[name].weight = mx.stack(
-            [mx.dequantize(w, s, None, layer.group_size, layer.bits, layer.mode, g, mx.float32) for w, s, g in parts]
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,9 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.config import LoraConfig
 from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.models.merge import adapted_layers, base_of
 from mlx_dpo.models.peft import read_peft
-from mlx_dpo.models.trees import flat, read_arrays
+from mlx_dpo.models.trees import flat, read_json, read_weights
 
 LEAVES = ("lora_a", "lora_b", "m")
 """Names of adapter parameters in mlx-lm's layers (m: DoRA's magnitudes)."""
@@ -61,7 +62,7 @@ def attach(model: nn.Module, config: LoraConfig, *, seed: int) -> Adapter:
     keys = _resolve_keys(model.layers[-count:], config.keys)
     scale = config.scale if config.alpha is None else config.alpha / config.rank
     adapter = Adapter(config.rank, scale, config.dropout, count, keys)
-    mx.random.seed(seed)
+    mx.random.seed(seed)  # right before A is drawn, so that nothing that loading drew decides the adapter
     _attach(model, adapter)
     return adapter
 
@@ -73,10 +74,7 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float = 0.0) -> Adapt
         ModelError: the folder holds no adapter, or one that does not fit this model; all misfits are named.
     """
     folder = Path(folder).expanduser()
-    settings = _read_settings(folder)
-    is_peft = "peft_type" in settings
-    settings, weights = read_peft(folder, settings, model) if is_peft else (settings, _read_weights(folder))
-    adapter = _to_adapter(folder, settings, weights)
+    adapter, weights = read(folder, {name for name, _ in model.named_modules()}, len(model.layers))
     if adapter.num_layers > len(model.layers):
         raise ModelError(
             f"the adapter in {folder} is for {adapter.num_layers} blocks, the model has {len(model.layers)}",
@@ -88,11 +86,27 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float = 0.0) -> Adapt
         raise ModelError(f"the adapter in {folder} does not fit this model: {error}") from error
     given = {_module(name) for name in weights}
     # a layer that the file leaves alone, though others of its name are adapted, must not get a random A to train
-    _put_back(model, [(path, layer) for path, layer in _adapted(model) if path not in given])
+    _take_off(model, [(path, layer) for path, layer in adapted_layers(model) if path not in given])
     _assign(model, weights, folder)
     model.freeze()
     model.unfreeze(keys=list(LEAVES), strict=False)
     return adapter
+
+
+def read(folder: Path, modules: Collection[str], blocks: int) -> tuple[Adapter, dict[str, mx.array]]:
+    """An adapter's settings and arrays, in mlx-lm's form, from an mlx-lm or PEFT folder; no model need be loaded.
+
+    A PEFT folder needs to be told the names of the model's `modules` and how many `blocks` it has.
+
+    Raises:
+        ModelError: the folder holds no adapter, or none that is LoRA or DoRA.
+    """
+    settings = read_json(folder / "adapter_config.json", "name the folder of an mlx-lm or PEFT adapter")
+    if "peft_type" in settings:
+        settings, weights = read_peft(folder, settings, modules, blocks)
+    else:
+        weights = read_weights(folder / "adapters.safetensors", "name the folder of a whole adapter")
+    return _to_adapter(folder, settings, weights), weights
 
 
 def save(model: nn.Module, adapter: Adapter, folder: Path, *, base: str) -> None:
@@ -109,8 +123,8 @@ def parameters(model: nn.Module) -> dict[str, mx.array]:
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The base model inside the `with`: every adapted layer is replaced by what it wraps, then put back."""
-    adapted = _adapted(model)
-    _put_back(model, adapted)
+    adapted = adapted_layers(model)
+    _take_off(model, adapted)
     try:
         yield
     finally:
@@ -121,19 +135,14 @@ def _attach(model: nn.Module, adapter: Adapter) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
-    settings = {"rank": adapter.rank, "scale": adapter.scale, "dropout": adapter.dropout, "keys": list(adapter.keys)}
+    settings = adapter.to_json(base="")["lora_parameters"]
     linear_to_lora_layers(model, adapter.num_layers, settings, use_dora=adapter.fine_tune_type == "dora")
     model.eval()  # a new layer starts in training mode
 
 
-def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, module) for name, module in model.named_modules() if "lora_a" in module]
-
-
-def _put_back(model: nn.Module, adapted: list[tuple[str, nn.Module]]) -> None:
+def _take_off(model: nn.Module, adapted: list[tuple[str, nn.Module]]) -> None:
     """Replaces adapted layers by what they wrap."""
-    bases = [(name, module["linear"] if "linear" in module else module["embedding"]) for name, module in adapted]
-    model.update_modules(tree_unflatten(bases))
+    model.update_modules(tree_unflatten([(name, base_of(module)) for name, module in adapted]))
 
 
 def _resolve_keys(layers: list[nn.Module], wanted: tuple[str, ...] | None) -> tuple[str, ...]:
@@ -153,28 +162,6 @@ def _resolve_keys(layers: list[nn.Module], wanted: tuple[str, ...] | None) -> tu
             f"--keys: no linear module {', '.join(unknown)} in the adapted blocks", f"there are: {', '.join(names)}"
         )
     return tuple(dict.fromkeys(name for matches in found.values() for name in matches))
-
-
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / "adapter_config.json"
-    if not path.is_file():
-        raise ModelError(f"no adapter in {folder}: adapter_config.json is missing", "name an mlx-lm or PEFT folder")
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise ModelError(f"{path} is not JSON: {error}") from error
-    return settings
-
-
-def _read_weights(folder: Path) -> dict[str, mx.array]:
-    file = folder / "adapters.safetensors"
-    if not file.is_file():
-        raise ModelError(f"no adapter weights: {file} is missing")
-    try:
-        weights = read_arrays(file)
-    except RuntimeError as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-    return weights
 
 
 def _to_adapter(folder: Path, settings: dict[str, Any], weights: dict[str, mx.array]) -> Adapter:
@@ -221,4 +208,5 @@ def _assign(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> Non
             "load it on the model it was trained on (adapter_config.json names it)",
         )
     # float32 whatever the file holds: an update of 1e-5 vanishes in half precision
+    # and only now that all of it fits: a refused adapter leaves B zero, so the model computes what it did
     model.load_weights([(name, value.astype(mx.float32)) for name, value in weights.items()], strict=False)

@@ -1,4 +1,4 @@
-"""Adapted layers to plain ones: the weight that computes what base and adapter compute together, in float32."""
+"""Layers taken apart: what an adapter wraps, packed weights in float32, and what both compute as one plain weight."""
 
 from __future__ import annotations
 
@@ -27,17 +27,40 @@ def is_packed(layer: Any) -> bool:
 
 
 def full_weight(layer: Any) -> mx.array:
-    """A layer's weight in float32. Scales are widened before they multiply, so nothing is rounded on the way."""
+    """A layer's weight in float32, unpacked where it is quantized."""
     if not is_packed(layer):
         return layer.weight.astype(mx.float32)
-    scales, biases = layer.scales, layer.get("biases")
-    if layer.mode == "affine":
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     how = (layer.group_size, layer.bits, layer.mode)
     if (wide := layer.get("global_scale")) is not None:  # of nvfp4 experts, one scale more for each
-        parts = zip(layer.weight, scales, wide, strict=True)
+        parts = zip(layer.weight, layer.scales, wide, strict=True)
         return mx.stack([mx.dequantize(weight, scale, None, *how, of, mx.float32) for weight, scale, of in parts])
-    return mx.dequantize(layer.weight, scales, biases, *how, dtype=mx.float32)
+    return unpacked(layer.weight, layer.scales, layer.get("biases"), *how)
+
+
+def unpacked(
+    weight: mx.array, scales: mx.array, biases: mx.array | None, group_size: int, bits: int, mode: str
+) -> mx.array:
+    """Packed weights in float32; only affine ones have biases, and scales that are numbers to be widened first."""
+    if biases is not None:
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    return mx.dequantize(weight, scales, biases, group_size, bits, mode, dtype=mx.float32)
+
+
+def plain_layer(layer: Any, weight: mx.array) -> nn.Module:
+    """An unpacked layer of `layer`'s kind with this weight and `layer`'s own bias."""
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    plain: Any
+    if weight.ndim == 3:
+        plain = SwitchLinear(1, 1, 1, bias=False)
+    elif isinstance(layer, (nn.Embedding, nn.QuantizedEmbedding)):
+        plain = nn.Embedding(1, 1)
+    else:
+        plain = nn.Linear(1, 1, bias=False)
+    plain.weight = weight
+    if "bias" in layer:
+        plain.bias = layer.bias
+    return plain
 
 
 def merged_weight(module: Any) -> mx.array:

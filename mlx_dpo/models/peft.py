@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_dpo.errors import ModelError
-from mlx_dpo.models.trees import read_arrays
+from mlx_dpo.models.trees import read_weights
 
 NAME = re.compile(
     r"^(?:base_model\.model\.)?(?P<module>.+)\.(?P<part>lora_[AB]|lora_magnitude_vector)(?:\.default)?(?:\.weight)?$"
@@ -35,8 +35,12 @@ CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Ways to initialize after which PEFT's base model is no longer the base model."""
 
 
-def read_peft(folder: Path, settings: dict[str, Any], model: nn.Module) -> tuple[dict[str, Any], dict[str, mx.array]]:
+def read_peft(
+    folder: Path, settings: dict[str, Any], paths: Collection[str], blocks: int
+) -> tuple[dict[str, Any], dict[str, mx.array]]:
     """A PEFT LoRA or DoRA folder as mlx-lm's settings and arrays, of one rank and scale: lora_a = Aᵀ, lora_b = Bᵀ.
+
+    `paths` are the names of the model's modules, `blocks` how many blocks it has.
 
     PEFT scales each module by alpha / r (alpha / √r with rsLoRA), with ranks and alphas that may differ by module.
     mlx-lm knows one rank and one scale: smaller ranks are padded with zeros, and what a module's scale differs from
@@ -47,7 +51,6 @@ def read_peft(folder: Path, settings: dict[str, Any], model: nn.Module) -> tuple
     """
     _check_settings(folder, settings)
     modules = _read_modules(folder)
-    paths = {name for name, _ in model.named_modules()}
     ranks = {name: parts["lora_A"].shape[0] for name, parts in modules.items()}
     rank = max(ranks.values())
     scales = {name: _scale(name, ranks[name], settings) for name in modules}
@@ -64,7 +67,7 @@ def read_peft(folder: Path, settings: dict[str, Any], model: nn.Module) -> tuple
     dropout = float(settings.get("lora_dropout") or 0)
     return {
         "fine_tune_type": "dora" if settings.get("use_dora") else "lora",
-        "num_layers": len(model.layers) - min(depths, default=len(model.layers) - 1),
+        "num_layers": blocks - min(depths, default=blocks - 1),
         "lora_parameters": {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys},
     }, weights
 
@@ -88,13 +91,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 def _read_modules(folder: Path) -> dict[str, dict[str, mx.array]]:
     """By PEFT's name of a module, `lora_A` [r, in], `lora_B` [out, r] and, of DoRA, `lora_magnitude_vector` [out]."""
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise ModelError(f"no adapter weights: {file} is missing", "save the PEFT adapter as safetensors")
-    try:
-        tensors = read_arrays(file)
-    except RuntimeError as error:
-        raise ModelError(f"{file} cannot be read: {error}", "copy the adapter again") from error
+    tensors = read_weights(folder / "adapter_model.safetensors", "save the PEFT adapter again, as safetensors")
     modules: dict[str, dict[str, mx.array]] = {}
     foreign = []
     for name, value in tensors.items():
@@ -115,7 +112,7 @@ def _read_modules(folder: Path) -> dict[str, dict[str, mx.array]]:
     return modules
 
 
-def _place(name: str, paths: set[str], folder: Path) -> str:
+def _place(name: str, paths: Collection[str], folder: Path) -> str:
     """The model's own path of a module; mlx-lm holds some text models inside `language_model`."""
     for candidate in (name, f"language_model.{name}", name.replace("model.language_model.", "language_model.model.")):
         if candidate in paths:

@@ -73,6 +73,7 @@ def open_run(path: Path, *, resume: bool) -> Iterator[RunFolder]:
         raise RunError(f"nothing to resume in {path}", "leave --resume out to start a new run")
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
+    # locked before anything is cleared away: what looks left over may be what another process is writing
     with (path / LOCK).open("a") as lock:
         if not _take(lock, path / LOCK):
             raise RunError(f"another process is training into {path}", "wait for it, or name another --output")

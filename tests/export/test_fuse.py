@@ -15,9 +15,7 @@ import pytest
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.events import Warned
-from mlx_dpo.export.forms import Form, LayerRoundingError, rounded, total_rounding_error
 from mlx_dpo.export.fuse import WARN_ABOVE, fuse
-from mlx_dpo.models.merge import full_weight, merged_weight
 from support.adapters import PAIRS, write_adapter, write_pairs
 from support.tiny_models import tiny_model_folder
 
@@ -58,42 +56,6 @@ def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def four_bit_adapter(four_bit: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_adapter(four_bit, tmp_path_factory.mktemp("adapters") / "random")
-
-
-# The weight that computes the sum.
-
-
-def test_lora_is_added_as_scale_times_b_a() -> None:
-    from mlx_lm.tuner.lora import LoRALinear
-
-    base = nn.Linear(2, 3, bias=False)
-    base.weight = mx.array([[1.0, 0.0], [0.0, 1.0], [2.0, 2.0]])
-    adapted = LoRALinear.from_base(base, r=1, scale=2.0)
-    adapted.lora_a, adapted.lora_b = mx.array([[1.0], [3.0]]), mx.array([[1.0, 0.0, -1.0]])
-    # B A = [1, 0, -1]ᵀ [1, 3], doubled: [[2, 6], [0, 0], [-2, -6]]
-    assert merged_weight(adapted).tolist() == [[3.0, 6.0], [0.0, 1.0], [0.0, -4.0]]
-
-
-def test_doras_rows_have_the_length_that_was_learnt() -> None:
-    from mlx_lm.tuner.dora import DoRALinear
-
-    base = nn.Linear(2, 2, bias=False)
-    base.weight = mx.array([[3.0, 0.0], [0.0, 1.0]])
-    adapted = DoRALinear.from_base(base, r=1, scale=1.0)
-    adapted.lora_a, adapted.lora_b = mx.array([[0.0], [4.0]]), mx.array([[1.0, 0.0]])
-    adapted.m = mx.array([10.0, 0.5])
-    # rows [3, 4] of length 5 and [0, 1] of length 1, made 10 and 0.5 long
-    np.testing.assert_allclose(np.array(merged_weight(adapted)), [[6.0, 8.0], [0.0, 0.5]], rtol=1e-6)
-
-
-def test_packed_weights_are_unpacked_in_float32() -> None:
-    weight = mx.random.normal((8, 64), key=mx.random.key(0)).astype(mx.bfloat16)
-    packed, scales, biases = mx.quantize(weight, 64, 4)
-    layer = nn.QuantizedLinear(64, 8, bias=False, group_size=64, bits=4)
-    layer.weight, layer.scales, layer.biases = packed, scales, biases
-    levels = (np.array(packed)[:, :, None] >> (4 * np.arange(8, dtype=np.uint32)) & 15).reshape(8, 64)
-    expected = levels * np.array(scales.astype(mx.float32)) + np.array(biases.astype(mx.float32))
-    np.testing.assert_allclose(np.array(full_weight(layer)), expected, rtol=1e-6)
 
 
 # Whole folders.
@@ -142,7 +104,7 @@ def test_in_float32_a_quantized_base_loses_nothing(four_bit: Path, four_bit_adap
     np.testing.assert_allclose(mlx_lm_logits(tmp_path / "fused"), mlx_lm_logits(four_bit, four_bit_adapter), atol=1e-3)
 
 
-def test_back_into_four_bits_the_loss_is_measured_and_said(four_bit: Path, tmp_path: Path) -> None:
+def test_back_into_four_bits_the_rounding_error_is_measured_and_said(four_bit: Path, tmp_path: Path) -> None:
     said: list[str] = []
     adapter = write_adapter(four_bit, tmp_path / "adapter", size=0.025)
     report = fuse(
@@ -289,20 +251,3 @@ def test_what_does_not_go_together_is_refused_with_all_of_it(tiny_llama: Path, t
         fuse(model, adapter, tmp_path / "fused", quantize_bits=7)
     with pytest.raises(ModelError, match=r"adapter_config\.json is missing"):
         fuse(model, tmp_path, tmp_path / "fused")
-
-
-# What rounding takes, by its definition.
-
-
-def test_a_change_below_half_a_step_is_rounded_away() -> None:
-    form = Form(mx.float32, bits=2, group_size=32)
-    grid = mx.array([[0.0, 1.0, 2.0, 3.0] * 8])  # four levels hold it exactly
-    assert mx.array_equal(rounded(grid, form), grid)
-    assert mx.array_equal(rounded(grid + mx.array([[0.0, 0.3, -0.3, 0.0] * 8]), form), grid)
-
-
-def test_the_loss_of_layers_together_weighs_them_by_their_change() -> None:
-    layers = [LayerRoundingError("a", "", 9.0, 3.0, 1.0, 0.0), LayerRoundingError("b", "", 9.0, 4.0, 0.5, 1.0)]
-    # lost: (1 · 3)² + (0.5 · 4)² = 13 of 3² + 4² = 25; kept: 0 · 9 + 1 · 16 of 25
-    assert total_rounding_error(layers) == pytest.approx((np.sqrt(13 / 25), 16 / 25))
-    assert total_rounding_error([LayerRoundingError("a", "", 9.0, 0.0, 0.0, 1.0)]) == (0.0, 1.0)

@@ -17,9 +17,7 @@ pytest.importorskip("xllamacpp", reason="real llama.cpp is not installed: pip in
 from mlx_dpo.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.data.tokenize import encode_records
-from mlx_dpo.errors import MlxDpoError
 from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
-from mlx_dpo.gguf.verify import float32_log_probs, verify_gguf
 from mlx_dpo.gguf.write import export_adapter_gguf, export_model_gguf
 from mlx_dpo.models.load import load
 from mlx_dpo.training.loop import train
@@ -88,26 +86,6 @@ def test_an_adapter_in_16_bits_is_nearly_the_same(tmp_path: Path) -> None:
     export_adapter_gguf(base, adapter, tmp_path / "adapter.gguf", "f16")
     found = llama_cpp_log_probs(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert difference(found, mlx_log_probs(base, adapter)) < 0.02
-
-
-def test_the_check_passes_what_is_right_and_fails_loudly_otherwise(tmp_path: Path) -> None:
-    base = make_folder(tmp_path / "base", "llama")
-    adapter = make_adapter(tmp_path / "adapter", base, DENSE)
-    export_model_gguf(base, None, tmp_path / "base.gguf", "f32")
-    export_adapter_gguf(base, adapter, tmp_path / "adapter.gguf")
-    on, off = float32_log_probs(base, adapter)
-    rows = [IDS, IDS[:7]]
-    report = verify_gguf(
-        tmp_path / "base.gguf", rows, on, adapter_gguf=tmp_path / "adapter.gguf", adapter_off=off, positions=3
-    )
-    assert report.positions == 6
-    assert report.largest < 1e-4
-    assert report.control is not None
-    assert report.control > 0.5
-    with pytest.raises(MlxDpoError, match="is allowed"):  # the base alone is not the tuned model
-        verify_gguf(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3)
-    with pytest.raises(MlxDpoError, match="cannot be seen"):  # whatever is allowed, it must be nearer to the tuned one
-        verify_gguf(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3, tolerance=1e9)
 
 
 @pytest.mark.real_model

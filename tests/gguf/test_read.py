@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,67 +17,8 @@ pytest.importorskip("gguf", reason="GGUF files need the gguf package")
 
 import gguf
 
-from mlx_dpo.gguf.blocks import (
-    BITS,
-    exact_kind,
-    interleave_rope,
-    pack_affine,
-    pack_blocks,
-    separate_rope,
-    unpack_affine,
-    unpack_blocks,
-)
 from mlx_dpo.gguf.read import import_gguf
 from mlx_dpo.gguf.write import export_adapter_gguf, export_model_gguf
-
-
-@pytest.fixture
-def values() -> np.ndarray:
-    return np.random.default_rng(0).normal(size=(6, 96)).astype(np.float32)
-
-
-@pytest.mark.parametrize("kind", BITS)
-def test_a_ggml_block_and_an_mlx_group_are_the_same_numbers(kind: str, values: np.ndarray) -> None:
-    raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
-    expected = gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind])
-    q, scale, bias = unpack_blocks(raw, kind)
-    in_mlx = mx.dequantize(
-        mx.array(pack_affine(q, BITS[kind])),
-        mx.array(scale).astype(mx.float32),
-        mx.array(bias).astype(mx.float32),
-        group_size=32,
-        bits=BITS[kind],
-    )
-    np.testing.assert_allclose(np.array(in_mlx), expected, rtol=0, atol=2e-6)
-    assert np.array_equal(unpack_affine(pack_affine(q, BITS[kind]), BITS[kind]), q)
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(4, "Q4_1"), (5, "Q5_1"), (8, "Q8_0")])
-def test_an_mlx_group_that_fits_becomes_a_block_with_no_weight_changed(bits: int, kind: str) -> None:
-    draw = np.random.default_rng(1)
-    q = draw.integers(0, 2**bits, size=(4, 128), dtype=np.uint8)
-    scale = draw.normal(size=(4, 2)).astype(np.float16).astype(np.float32)  # groups of 64
-    bias = -128 * scale if bits == 8 else draw.normal(size=(4, 2)).astype(np.float16).astype(np.float32)
-    assert exact_kind(bits, 64, "affine", scale, bias) == kind
-    found = gguf.quants.dequantize(pack_blocks(q, scale, bias, kind), gguf.GGMLQuantizationType[kind])
-    expected = q * np.repeat(scale, 64, axis=1) + np.repeat(bias, 64, axis=1)
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5)
-
-
-def test_what_ggml_cannot_hold_exactly_has_no_kind() -> None:
-    one, third = np.ones((1, 1), np.float32), np.full((1, 1), 1 / 3, np.float32)
-    assert exact_kind(4, 64, "affine", third, one) is None  # a third has no float16
-    assert exact_kind(4, 64, "affine", one, third) is None
-    assert exact_kind(8, 64, "affine", one, one) is None  # Q8_0 keeps no bias
-    assert exact_kind(6, 64, "affine", one, one) is None
-    assert exact_kind(4, 32, "mxfp4", one, one) is None
-
-
-def test_rows_of_a_head_alternate_between_its_halves_in_ggml() -> None:
-    rows = np.arange(8)[:, None]  # two heads of four: halves 0 1 | 2 3 and 4 5 | 6 7
-    assert interleave_rope(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert separate_rope(interleave_rope(rows, 2), 2)[:, 0].tolist() == list(range(8))
-
 
 SAME_FROM_THE_FILE = [case for case in CASES if case not in ("llama_yarn", "llama3_rope")]
 
@@ -90,21 +30,6 @@ def test_a_folder_written_and_read_back_computes_the_same(case: str, tmp_path: P
     report = import_gguf(tmp_path / "model.gguf", tmp_path / "back")
     assert report.kept_quantized == 0
     np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
-
-
-def test_llama_3s_scaling_is_read_from_its_factors(tmp_path: Path) -> None:
-    scaling = {
-        "rope_type": "llama3",
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    base = tiny_model_folder(tmp_path / "base", "llama", rope_scaling=scaling, rope_theta=500000.0)
-    export_model_gguf(base, None, tmp_path / "model.gguf", "f32")
-    import_gguf(tmp_path / "model.gguf", tmp_path / "back")
-    found = json.loads((tmp_path / "back" / "config.json").read_text())["rope_scaling"]
-    assert {key: found[key] for key in scaling} == scaling
 
 
 @pytest.mark.parametrize("case", ["llama_tied", "llama", "qwen3_moe"])

@@ -159,7 +159,7 @@ def test_llama_cpp_finds_the_same_tokens(kind: str, tmp_path: Path) -> None:
     different = [
         (text, found, expected)
         for text in texts
-        if (found := tokenize(llama, text)) != (expected := tokenizer.encode(text, add_special_tokens=False).ids)
+        if (found := tokenize(llama.server, text)) != (expected := tokenizer.encode(text, add_special_tokens=False).ids)
     ]
     assert not different, f"{len(different)} of {len(texts)}, the first: {different[0]}"
     assert len(texts) > 800
@@ -197,7 +197,7 @@ def test_special_tokens_that_swallow_white_space_do_so_in_llama_cpp(tmp_path: Pa
         "<s> a <|endoftext|> b",
         *strings()[:300],
     ):
-        assert tokenize(llama, text) == tokenizer.encode(text, add_special_tokens=False).ids, text
+        assert tokenize(llama.server, text) == tokenizer.encode(text, add_special_tokens=False).ids, text
 
 
 def test_scores_say_which_merge_comes_first() -> None:

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.models.load import is_quantized, load, resolve, unload_blocks
+from mlx_dpo.models.load import is_quantized, load, model_folder, unload_blocks
 from support.tiny_models import tiny_model_folder
 
 TOKENS = mx.array([[5, 9, 40, 41, 7, 100, 200, 3]])
@@ -290,13 +290,13 @@ def test_what_a_folder_lacks_is_named(gone: list[str], named: str, tmp_path: Pat
 @pytest.mark.parametrize("name", ["./nowhere", "/no/such/folder", "nowhere", "a/b/c"])
 def test_a_path_that_is_not_there_is_not_asked_of_the_hub(name: str) -> None:
     with pytest.raises(ModelError, match="no model folder"):
-        resolve(name)
+        model_folder(name)
 
 
 def test_a_hub_name_that_the_hub_does_not_give_says_what_to_check() -> None:
     """Tests run with the Hub switched off, as on a machine without a network."""
     with pytest.raises(ModelError, match="nobody/nothing") as caught:
-        resolve("nobody/nothing")
+        model_folder("nobody/nothing")
     assert "network" in caught.value.remedy
 
 
@@ -304,7 +304,7 @@ def test_a_gguf_file_is_no_folder_and_the_way_there_is_named(tmp_path: Path) -> 
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="is a file") as caught:
-        resolve(str(file))
+        model_folder(str(file))
     assert "import" in caught.value.remedy
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo.errors import RunError
-from mlx_dpo.files import written_whole
 from mlx_dpo.run.folder import RunFolder, open_run
 
 HOLD_THE_LOCK = """
@@ -86,35 +84,6 @@ def test_what_a_killed_process_was_writing_is_cleared_away(tmp_path: Path) -> No
     (half / "adapters.safetensors").write_text("half")
     with open_run(tmp_path, resume=True):
         assert not list(tmp_path.rglob("*.part"))
-
-
-def test_a_file_becomes_visible_only_when_it_is_whole(tmp_path: Path) -> None:
-    target = tmp_path / "config.yaml"
-    target.write_text("old")
-    with written_whole(target) as beside:
-        beside.write_text("new")
-        assert target.read_text() == "old"
-    assert target.read_text() == "new"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_an_error_while_writing_leaves_what_was_there(tmp_path: Path) -> None:
-    target = tmp_path / "config.yaml"
-    target.write_text("old")
-    with pytest.raises(ZeroDivisionError), written_whole(target) as beside:
-        beside.write_text("ne")
-        _ = 1 / 0
-    assert target.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [target]
-
-
-def test_a_folder_replaces_the_one_that_was_there(tmp_path: Path) -> None:
-    target = tmp_path / "checkpoint"
-    for content in ("first", "second"):
-        with written_whole(target) as beside:
-            (beside / f"{content}.txt").write_text(content)
-    assert [file.name for file in target.iterdir()] == ["second.txt"]
-    assert os.listdir(tmp_path) == ["checkpoint"]
 
 
 def test_checkpoints_are_listed_oldest_first(tmp_path: Path) -> None:
