@@ -1,4 +1,4 @@
-"""Ctrl-C as a request that is captured between steps, so that nothing is left half done."""
+"""Ctrl-C as a request that is heard between steps, so that nothing is left half done."""
 
 from __future__ import annotations
 
