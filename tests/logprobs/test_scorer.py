@@ -245,7 +245,7 @@ def test_head_in_chunks_gives_every_number_and_gradient_of_the_plain_path(
                 np.array(getattr(found, name)), np.array(getattr(expected, name)), atol=6e-5, err_msg=name
             )
     _, gradient_found = measured(loaded.model, Scorer(loaded.model, HEAD), batch, STATS)
-    assert relative(gradient_found, expected_gradient) < 1e-5
+    assert relative(gradient_found, expected_gradient) < 3e-5
 
 
 def test_soft_capping_of_logits_is_in_the_head(tmp_path: Path) -> None:
