@@ -56,7 +56,7 @@ def test_every_stage_stands_in_the_order_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_file_imports_only_from_its_own_stage_or_from_those_below(file: str) -> None:
+def test_a_file_imports_only_from_its_own_stage_or_from_earlier_ones(file: str) -> None:
     own = HEIGHT[stage(file)]
     wrong = {name for name in imported(file) if HEIGHT.get(stage(name), -1) > own}
     assert not wrong
@@ -65,7 +65,7 @@ def test_a_file_imports_only_from_its_own_stage_or_from_those_below(file: str) -
 
 
 @pytest.mark.parametrize("file", [file for file in FILES if stage(file) != "cli"])
-def test_nothing_below_the_command_line_prints_parses_flags_or_exits(file: str) -> None:
+def test_nothing_but_the_command_line_prints_parses_flags_or_exits(file: str) -> None:
     tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
     calls = {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     assert not calls & {"print", "input", "exit", "quit", "sys.exit", "os._exit"}
@@ -81,6 +81,13 @@ def test_every_file_has_a_test_of_its_name_or_a_line_that_says_where_it_is_teste
     row = re.search(rf"^\| `{re.escape(file)}` \|.*\| `(tests/[\w/]+\.py)`", TEXT, re.MULTILINE)
     assert row, f"there is no {own}, and ARCHITECTURE.md does not say where {file} is tested"
     assert (ROOT / row[1]).is_file()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_opens_with_the_sentence_that_stands_there(file: str) -> None:
+    opening = ast.get_docstring(ast.parse((ROOT / file).read_text(encoding="utf-8"))) or ""
+    row = re.search(rf"^\| `{re.escape(file)}` \| (.+) \| `", TEXT, re.MULTILINE)
+    assert row and " ".join(opening.split()).startswith(f"{row[1]}.")
 
 
 def test_help_and_version_come_without_loading_anything_heavy() -> None:

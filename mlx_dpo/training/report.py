@@ -9,6 +9,7 @@ from mlx_dpo.logprobs.buckets import padding_share
 from mlx_dpo.logprobs.scorer import optimizations_on
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.machine import in_gb
+from mlx_dpo.reference.choose import reference_model
 from mlx_dpo.training.checkpoint import TrainerState
 from mlx_dpo.training.setup import PreparedRun
 
@@ -54,8 +55,8 @@ def warn_of_first_step(prepared: PreparedRun, metrics: dict[str, float]) -> str 
     Dropout breaks it where the adapter is no fresh one: the policy is read with it, the reference without.
     """
     config, kl = prepared.config, metrics.get("kl/token", 0.0)
-    same = not config.model.adapter or config.loss.reference == "start"
-    if not same or kl <= SAME_FUNCTION:
+    reference = reference_model(config.loss.reference, config.model, config.model.adapter)
+    if reference != config.model or kl <= SAME_FUNCTION:
         return None
     if config.lora.dropout and config.model.adapter:
         return (

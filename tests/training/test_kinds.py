@@ -125,8 +125,9 @@ def test_first_sft_then_dpo_from_it(tmp_path: Path) -> None:
 
 def test_another_model_as_reference_must_read_the_same_tokens(tmp_path: Path) -> None:
     other = tiny_model_folder(tmp_path / "other", seed=5)
-    _, lines, _ = run(tmp_path, pair, "a", reference=str(other))
+    _, lines, said = run(tmp_path, pair, "a", reference=str(other))
     assert abs(steps(lines)[0]["loss"] - 0.693147) > 1e-3
+    assert not [event for event in said if isinstance(event, Warned) and "one function" in event.text], "nor should be"
 
     settings = json.loads((other / "tokenizer.json").read_text())
     settings["added_tokens"].append(
