@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture
 from mlx_dpo.models.merge import unpacked
-from mlx_dpo.models.trees import read_json, read_weights
+from mlx_dpo.models.trees import flat, read_json, read_weights
 
 ANOTHER_WAY = (
     "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then try llama.cpp's converter on it: "
@@ -105,16 +104,20 @@ def open_base(folder: str | Path) -> Base:
             f"{folder} is quantized in the format {quantized_elsewhere.get('quant_method')!r}, which is not MLX's.",
             "Turn it into an MLX folder first: mlx_lm.convert --hf-path FOLDER --mlx-path NEW_FOLDER",
         )
+    args, shapes = text_model(model_type, config)
+    files = _find_tensors(folder, prefix)
+    _check_names(folder, shapes, files)
+    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
+
+
+def text_model(model_type: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """mlx-lm's ModelArgs for a model of this kind, and the shapes of its parameters, not quantized, by name."""
     from mlx_lm.utils import MODEL_REMAPPING
 
     module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(model_type, model_type))
     args = module.ModelArgs.from_dict(config)
     # Arrays of a model just made are lazy: this takes their shapes and no memory.
-    parameters = dict(tree_flatten(module.Model(args).parameters()))
-    shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in parameters.items()}
-    files = _find_tensors(folder, prefix)
-    _check_names(folder, shapes, files)
-    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
+    return args, {name: array.shape for name, array in flat(module.Model(args).parameters()).items()}
 
 
 def _find_tensors(folder: Path, prefix: str) -> dict[str, list[tuple[Path, str]]]:
