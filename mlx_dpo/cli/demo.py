@@ -92,11 +92,9 @@ def show_answers(config: RunConfig) -> None:
     """Unseen prompts with the answers before and after, as they come."""
     from mlx_dpo.cli.generate import show_comparison
     from mlx_dpo.data.load import load_prompts
-    from mlx_dpo.models import lora
-    from mlx_dpo.models.load import load
+    from mlx_dpo.sampling.generate import load_tuned
 
-    loaded = load(config.model)
-    lora.load(loaded.model, config.train.output)
+    loaded = load_tuned(replace(config.model, adapter=config.train.output))
     prompts = load_prompts(DATA / "test.jsonl")
     for i in SHOWN:
         show_comparison(loaded, prompts[i].prompt, {"max_tokens": LONGEST_ANSWER})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mlx_dpo.config import DataConfig, ModelConfig
@@ -10,6 +10,7 @@ from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.export.fuse import check_output
 from mlx_dpo.export.gguf import write_fused_gguf
+from mlx_dpo.export.verify import Trained
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
@@ -52,7 +53,6 @@ def export_lmstudio(
     check_output(folder)
     with written_whole(folder, folder=True) as beside:
         file = f"{name}-{outtype.upper()}.gguf"
-        verified = write_fused_gguf(
-            model, adapter, beside / file, outtype, verify=verify, data=data, rows=rows, on_event=on_event
-        )
+        trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        verified = write_fused_gguf(trained, beside / file, outtype, verify=verify)
     return LMStudioReport(folder / file, verified)
