@@ -124,7 +124,7 @@ def lmstudio(
     from mlx_dpo.export.lmstudio import export_lmstudio
 
     report = export_lmstudio(model, adapter, name, publisher=publisher, outtype=outtype, **options)
-    return [_check(report.verified)], [report.gguf]
+    return [_check(report.verified)], [report.path]
 
 
 @app.command("hub")

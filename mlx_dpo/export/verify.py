@@ -20,7 +20,7 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluation.rows import score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.gguf.base import open_base
-from mlx_dpo.gguf.verify import VerifyReport, compare_in_llama_cpp, float32_log_probs, tolerance_for
+from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, compare_in_llama_cpp, float32_log_probs
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load, model_folder
@@ -240,7 +240,7 @@ def verify_gguf(trained: Trained, file: Path, outtype: str, *, adapter_file: Pat
     folder = model_folder(trained.model.path, trained.model.revision)
     tokenized = first_rows(trained, load_tokenizer(folder)._tokenizer)
     on, off = float32_log_probs(folder, trained.model.adapter)
-    tolerance = tolerance_for(outtype, open_base(folder).model_type)
+    tolerance = TOLERANCES[outtype] + open_base(folder).architecture.own_rounding
     ids = [row.context(0) + row.completions[0] for row in tokenized]
     report = compare_in_llama_cpp(file, ids, on, adapter_gguf=adapter_file, adapter_off=off, tolerance=tolerance)
     trained.on_event(Progressed("checking in llama.cpp", 1, 1, ""))

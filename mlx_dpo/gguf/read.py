@@ -135,11 +135,6 @@ def _write_weights(
     modules: dict[str, int] = {}
     total = 0
 
-    def flush() -> None:
-        mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, metadata={"format": "mlx"})
-        shards.append(sorted(shard))
-        shard.clear()
-
     # how many shards there will be is known only at the end, so they get their names then
     for done, tensor in enumerate(tensors):
         name = names.get(tensor.name)
@@ -149,12 +144,12 @@ def _write_weights(
                 total += array.nbytes
                 if key.endswith(".scales"):
                     modules[key.removesuffix(".scales")] = BITS[tensor.tensor_type.name]
-            if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
-                flush()
+        if shard and (done + 1 == len(tensors) or sum(array.nbytes for array in shard.values()) >= SHARD_BYTES):
+            mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, metadata={"format": "mlx"})
+            shards.append(sorted(shard))
+            shard = {}
         if progress:
             progress(done + 1, len(tensors))
-    if shard:
-        flush()
     weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"

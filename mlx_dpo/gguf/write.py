@@ -75,10 +75,12 @@ def export_adapter_gguf(
     kind = dtype.upper()
     planned = []
     for module in adapter.modules:
-        name = to_gguf_name(base.architecture, f"{module}.weight")
-        for half, matrix in zip("ab", adapter.matrices(module), strict=True):
-            make = partial(_low_rank, base, adapter, module, half, kind)
-            planned.append(Planned(f"{name}.lora_{half}", matrix.shape, kind, make))
+        name = f"{module}.weight"
+        a, b = adapter.matrices(module)
+        # ggml computes B (A x) as it stands: only B has the base's rows, so only B's rows are put in its order
+        for half, matrix in (("a", a), ("b", _in_ggml_order(base, name, b))):
+            theirs = f"{to_gguf_name(base.architecture, name)}.lora_{half}"
+            planned.append(Planned(theirs, matrix.shape, kind, partial(_encode, matrix, kind)))
     with _writer(Path(out), base.architecture.gguf) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
@@ -179,12 +181,6 @@ def _repacked(base: Base, name: str, kind: str) -> np.ndarray:
     assert how is not None
     q = unpack_affine(np.array(base.array(name)), how.bits)
     return _in_ggml_order(base, name, pack_blocks(q, *_scales(base, name), kind))
-
-
-def _low_rank(base: Base, adapter: LoraFolder, module: str, half: str, kind: str) -> np.ndarray:
-    a, b = adapter.matrices(module)
-    # ggml computes B (A x) as it stands: only B has the base's rows, so only B's rows are put in its order
-    return _encode(a if half == "a" else _in_ggml_order(base, f"{module}.weight", b), kind)
 
 
 def _encode(values: np.ndarray, kind: str) -> np.ndarray:
