@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from mlx_dpo import __version__
-from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, plan, score, sft, train
+from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, plan, train
 from mlx_dpo.cli.console import show_error
 from mlx_dpo.errors import MlxDpoError
 
@@ -40,10 +40,10 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "check": check.check,
     "plan": plan.plan,
-    "sft": sft.sft,
+    "sft": train.sft,
     "train": train.train,
     "eval": eval.evaluate,
-    "score": score.score,
+    "score": eval.score,
     "generate": generate.generate,
     "fuse": fuse.fuse,
     "import": import_gguf.import_model,

@@ -104,9 +104,8 @@ def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
     """How many of the held-out pairs are ranked right, with 95 % intervals."""
     from mlx_dpo.losses.metrics import wilson_interval
 
-    table = Table(title=f"{after['rows']} unseen pairs ranked right", title_justify="left", title_style="bold")
-    for name in ("", "before", "after"):
-        table.add_column(name)
+    title = f"{after['rows']} unseen pairs ranked right"
+    table = Table("", "before", "after", title=title, title_justify="left", title_style="bold")
     for label, key in MEASURES.items():
         cells = []
         for found in (before, after):

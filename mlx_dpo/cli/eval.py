@@ -1,8 +1,11 @@
-"""`mlx-dpo eval`: how a model ranks preferences it has not seen."""
+"""`mlx-dpo eval` and `mlx-dpo score`: how a model ranks preferences it has not seen, in sum and row by row."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from mlx_dpo.cli.flags import Asked, with_settings
 from mlx_dpo.cli.options import ADAPTER, BatchSize, Json, Quiet, ReferenceAdapter, Split, require
@@ -28,17 +31,10 @@ def evaluate(
     Accuracy comes with its 95 % interval, beside margins, rewards, log-probs
     and an estimate of the distance (KL) from the reference.
     """
-    config = resolve(*asked)
-    require(config, "--model", "--data")
+    with _measuring(asked, quiet, split, reference_adapter, batch_size) as (what, how):
+        from mlx_dpo.evaluation.evaluate import evaluate
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.evaluation.evaluate import evaluate
-
-    with show_progress(quiet=quiet) as on_event:
-        found = evaluate(
-            config.model, config.data, config.loss, split=split,
-            reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
-        )  # fmt: skip
+        found = evaluate(*what, **how)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
@@ -46,7 +42,59 @@ def evaluate(
         print("\n".join(f"{name:<{width}}  {_value(value)}" for name, value in found.items()))
 
 
+@with_settings("model", "data", "loss.beta", "loss.reference", notes=ADAPTER)
+def score(
+    asked: Asked,
+    split: Split = "auto",
+    reference_adapter: ReferenceAdapter = None,
+    batch_size: BatchSize = 8,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the log-probs and rewards of every row.
+
+    \b
+    [bold]Examples[/bold]
+      mlx-dpo score --model MODEL --data pairs.jsonl
+      mlx-dpo score --model MODEL --adapter runs/a --data pairs.jsonl --json
+
+    Log-probs are summed over an answer's tokens, in nats. A reward is
+    β (log π - log π_ref); the margin is the chosen reward less the rejected one.
+    """
+    with _measuring(asked, quiet, split, reference_adapter, batch_size) as (what, how):
+        from mlx_dpo.evaluation.evaluate import score
+
+        for number, row in enumerate(score(*what, **how)):
+            if as_json:
+                print(json.dumps(row, ensure_ascii=False), flush=True)
+                continue
+            if number == 0:
+                print("\t".join(row))
+            print("\t".join(_cell(value) for value in row.values()), flush=True)
+
+
+@contextmanager
+def _measuring(
+    asked: Asked, quiet: bool, split: str, reference_adapter: str | None, batch_size: int
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Model, data and loss as they are asked for, and how to measure with them."""
+    config = resolve(*asked)
+    require(config, "--model", "--data")
+
+    from mlx_dpo.cli.progress import show_progress
+
+    with show_progress(quiet=quiet) as on_event:
+        how = {"split": split, "reference_adapter": reference_adapter, "batch_size": batch_size, "on_event": on_event}
+        yield (config.model, config.data, config.loss), how
+
+
 def _value(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:g}" if value.is_integer() else f"{value:.4f}"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, list):
+        return " ".join(map(_cell, value))
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)

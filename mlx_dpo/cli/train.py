@@ -1,4 +1,4 @@
-"""`mlx-dpo train`: an adapter from preferences."""
+"""`mlx-dpo train`, an adapter from preferences, and `mlx-dpo sft`, the stage before it on the same loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from mlx_dpo.cli.console import stderr
 from mlx_dpo.cli.flags import Asked, with_settings
 from mlx_dpo.cli.options import Quiet, require
-from mlx_dpo.settings import resolve
+from mlx_dpo.settings import Given, resolve
 
 if TYPE_CHECKING:
     from mlx_dpo.config import RunConfig
@@ -34,6 +34,21 @@ def train(asked: Asked, resume: Resume = False, quiet: Quiet = False) -> None:
     Ctrl-C saves a checkpoint and ends the run; --resume goes on from it.
     """
     run_training(asked, resume=resume, quiet=quiet)
+
+
+@with_settings("model", "data", "lora", "optim", "train")
+def sft(asked: Asked, resume: Resume = False, quiet: Quiet = False) -> None:
+    """Teach a model to imitate answers, before preferences or without.
+
+    \b
+    [bold]Examples[/bold]
+      mlx-dpo sft --model MODEL --data answers.jsonl --output runs/sft
+      mlx-dpo train --model MODEL --data pairs.jsonl --adapter runs/sft --reference start --output runs/dpo
+
+    It takes prompts with completions, conversations, plain text, and of preferences the preferred answer.
+    The second command is the paper's way: DPO whose reference is the model that was fine-tuned first.
+    """
+    run_training(asked._replace(flags=[*asked.flags, Given("sft", "loss.type", "sft")]), resume=resume, quiet=quiet)
 
 
 def run_training(asked: Asked, *, resume: bool, quiet: bool) -> None:

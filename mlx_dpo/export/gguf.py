@@ -12,8 +12,7 @@ from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.export.verify import Trained, verify_gguf
 from mlx_dpo.gguf import OnTensor
-from mlx_dpo.gguf.kquants import K_QUANTS, quantize_gguf
-from mlx_dpo.gguf.llamacpp import runtime_installed
+from mlx_dpo.gguf.llamacpp import K_QUANTS, quantize_gguf, runtime_installed
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import AdapterType, ModelType, export_adapter_gguf, export_model_gguf
 from mlx_dpo.models.load import model_folder

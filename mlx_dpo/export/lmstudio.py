@@ -31,8 +31,9 @@ def export_lmstudio(
     rows: int = 4,
     on_event: OnEvent = ignore,
 ) -> GGUFReport:
-    """Writes `models/publisher/name/name-OUTTYPE.gguf`, base and adapter fused, which LM Studio shows as publisher/name;
-    it takes no adapters.
+    """Writes `models/publisher/name/name-OUTTYPE.gguf`, base and adapter fused: LM Studio takes no adapters.
+
+    It shows the model as publisher/name.
 
     Raises:
         UsageError: there is a model of that name, or a name holds a slash.

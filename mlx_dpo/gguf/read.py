@@ -16,7 +16,7 @@ import numpy as np
 from mlx_dpo.errors import ModelError
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf import OnTensor
-from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture, model_type_of, to_gguf_name
+from mlx_dpo.gguf.architectures import ARCHITECTURES, model_type_of, to_gguf_name
 from mlx_dpo.gguf.base import text_model
 from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, separate_rope, unpack_blocks
 from mlx_dpo.gguf.config_read import read_config
@@ -69,9 +69,8 @@ def import_gguf(
             f"{path} holds a {what}; a model of one of these can be read: {kinds}.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
-    architecture = ARCHITECTURES[model_type]
     config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
-    names = {to_gguf_name(architecture, name): name for name in text_model(model_type, config)[1]}
+    names = {to_gguf_name(ARCHITECTURES[model_type], name): name for name in text_model(model_type, config)[1]}
     unknown = [t.name for t in reader.tensors if t.name not in names and t.name not in SETTING_TENSORS]
     if unknown:
         raise ModelError(
@@ -86,7 +85,7 @@ def import_gguf(
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
     with written_whole(folder, folder=True) as beside:
-        modules = _write_weights(reader.tensors, names, architecture, config, dtype, beside, progress)
+        modules = _write_weights(reader.tensors, names, config, dtype, beside, progress)
         if modules:
             usual = Counter(modules.values()).most_common(1)[0][0]
             config["quantization"] = {"group_size": GROUP, "bits": usual, "mode": "affine"} | {
@@ -123,7 +122,6 @@ def _open(path: Path) -> Any:
 def _write_weights(
     tensors: list[Any],
     names: Mapping[str | None, str],
-    architecture: Architecture,
     config: dict[str, Any],
     dtype: ImportDtype,
     folder: Path,
@@ -139,7 +137,7 @@ def _write_weights(
     for done, tensor in enumerate(tensors):
         name = names.get(tensor.name)
         if name is not None:
-            for key, array in _convert(tensor, name, architecture, config, dtype):
+            for key, array in _convert(tensor, name, config, dtype):
                 shard[key] = array
                 total += array.nbytes
                 if key.endswith(".scales"):
@@ -160,10 +158,9 @@ def _write_weights(
     return modules
 
 
-def _convert(
-    tensor: Any, name: str, architecture: Architecture, config: dict[str, Any], dtype: ImportDtype
-) -> Iterator[tuple[str, mx.array]]:
+def _convert(tensor: Any, name: str, config: dict[str, Any], dtype: ImportDtype) -> Iterator[tuple[str, mx.array]]:
     """The arrays of one tensor: itself, or weight, scales and biases."""
+    architecture = ARCHITECTURES[config["model_type"]]
     kind = tensor.tensor_type.name
     raw = tensor.data
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

@@ -63,7 +63,6 @@ def export_adapter_gguf(
     adapter_folder: str | Path,
     out: str | Path,
     dtype: AdapterType = "f32",
-    progress: OnTensor | None = None,
 ) -> ExportReport:
     """Write an mlx-lm adapter as a GGUF file for `llama.cpp --lora`, beside a GGUF file of the same base.
 
@@ -86,7 +85,7 @@ def export_adapter_gguf(
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
         writer.add_name(f"{base.folder.name} adapter")
-        _write(writer, planned, progress)
+        _write(writer, planned)
     return _report(Path(out), planned, adapter)
 
 
@@ -201,7 +200,7 @@ def _writer(out: Path, architecture: str) -> Iterator[Any]:
             writer.close()
 
 
-def _write(writer: Any, planned: list[Planned], on_tensor: OnTensor | None) -> None:
+def _write(writer: Any, planned: list[Planned], on_tensor: OnTensor | None = None) -> None:
     """Write settings and tensors. All sizes stand at the head of the file, so the tensors can be made one at a time."""
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]
