@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -167,11 +166,6 @@ def _accuracy(pairs: Sequence[int], off: RefLogps, model: RefLogps) -> float | N
         return float((model[i][answer].astype(np.float64) - off[i][answer]).sum())
 
     return sum(gain(i, 0) > gain(i, 1) for i in pairs) / len(pairs) if pairs else None
-
-
-def has_peft() -> bool:
-    """Whether peft, transformers and torch are installed."""
-    return all(find_spec(name) for name in ("peft", "transformers", "torch"))
 
 
 def verify_peft(trained: Trained, base: Path, adapter: Path) -> Verified | None:

@@ -17,9 +17,8 @@ import numpy as np
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf import OnTensor
-from mlx_dpo.gguf.adapter_read import LoraFolder, read_lora
 from mlx_dpo.gguf.architectures import to_gguf_name
-from mlx_dpo.gguf.base import Base, open_base
+from mlx_dpo.gguf.base import Base, LoraFolder, open_base, read_lora
 from mlx_dpo.gguf.blocks import GROUP, exact_kind, interleave_rope, pack_blocks, unpack_affine
 from mlx_dpo.gguf.config_write import write_config
 from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
