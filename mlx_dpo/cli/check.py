@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mlx_dpo import settings
@@ -95,11 +95,8 @@ def _load_tokenizer(config: ModelConfig) -> Any:
 def draw(row: Preview) -> Table:
     """The pieces of a row one below the other; colours say the same as the words beside them."""
     title = f"row {row.id}" + (", dropped: no scored token is left" if row.dropped else "")
-    table = Table(title=title, title_justify="left", title_style="bold", expand=True, show_lines=True)
-    table.add_column("answer")
-    table.add_column("tokens", justify="right")
-    table.add_column("read as")
-    table.add_column("text", ratio=1)
+    columns = ("answer", Column("tokens", justify="right"), "read as", Column("text", ratio=1))
+    table = Table(*columns, title=title, title_justify="left", title_style="bold", expand=True, show_lines=True)
     for name, pieces in row.answers.items():
         for piece in pieces:
             style = STYLES[piece.role]

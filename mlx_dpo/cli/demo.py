@@ -92,11 +92,9 @@ def show_answers(config: RunConfig) -> None:
     """Unseen prompts with the answers before and after, as they come."""
     from mlx_dpo.cli.generate import show_comparison
     from mlx_dpo.data.load import load_prompts
-    from mlx_dpo.models import lora
-    from mlx_dpo.models.load import load
+    from mlx_dpo.sampling.generate import load_tuned
 
-    loaded = load(config.model)
-    lora.load(loaded.model, config.train.output)
+    loaded = load_tuned(replace(config.model, adapter=config.train.output))
     prompts = load_prompts(DATA / "test.jsonl")
     for i in SHOWN:
         show_comparison(loaded, prompts[i].prompt, {"max_tokens": LONGEST_ANSWER})
@@ -106,9 +104,8 @@ def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
     """How many of the held-out pairs are ranked right, with 95 % intervals."""
     from mlx_dpo.losses.metrics import wilson_interval
 
-    table = Table(title=f"{after['rows']} unseen pairs ranked right", title_justify="left", title_style="bold")
-    for name in ("", "before", "after"):
-        table.add_column(name)
+    title = f"{after['rows']} unseen pairs ranked right"
+    table = Table("", "before", "after", title=title, title_justify="left", title_style="bold")
     for label, key in MEASURES.items():
         cells = []
         for found in (before, after):

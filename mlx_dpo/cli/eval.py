@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from mlx_dpo.cli.flags import Asked, with_settings
 from mlx_dpo.cli.options import ADAPTER, BatchSize, Json, Quiet, ReferenceAdapter, Split, require
@@ -28,22 +31,30 @@ def evaluate(
     Accuracy comes with its 95 % interval, beside margins, rewards, log-probs
     and an estimate of the distance (KL) from the reference.
     """
-    config = resolve(*asked)
-    require(config, "--model", "--data")
+    with measuring(asked, quiet, split, reference_adapter, batch_size) as (what, how):
+        from mlx_dpo.evaluation.evaluate import evaluate
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.evaluation.evaluate import evaluate
-
-    with show_progress(quiet=quiet) as on_event:
-        found = evaluate(
-            config.model, config.data, config.loss, split=split,
-            reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
-        )  # fmt: skip
+        found = evaluate(*what, **how)
     if as_json:
         print(json.dumps(found, ensure_ascii=False))
     else:
         width = max(map(len, found))
         print("\n".join(f"{name:<{width}}  {_value(value)}" for name, value in found.items()))
+
+
+@contextmanager
+def measuring(
+    asked: Asked, quiet: bool, split: str, reference_adapter: str | None, batch_size: int
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """Model, data and loss as they are asked for, and how to measure with them."""
+    config = resolve(*asked)
+    require(config, "--model", "--data")
+
+    from mlx_dpo.cli.progress import show_progress
+
+    with show_progress(quiet=quiet) as on_event:
+        how = {"split": split, "reference_adapter": reference_adapter, "batch_size": batch_size, "on_event": on_event}
+        yield (config.model, config.data, config.loss), how
 
 
 def _value(value: object) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from mlx_dpo.cli.console import stderr
-from mlx_dpo.cli.flags import Asked, with_settings
-from mlx_dpo.cli.fuse import MODEL, NOTES, Rows, Verify, exporting
-from mlx_dpo.cli.options import SCORED_DATA, Quiet
+from mlx_dpo.cli.fuse import Said, exporter
+from mlx_dpo.cli.options import Quiet
+from mlx_dpo.config import ModelConfig
 
 if TYPE_CHECKING:
     from mlx_dpo.gguf.verify import VerifyReport
@@ -32,6 +31,7 @@ Each checks what it wrote in the program that it is for, where that is installed
 
 app = typer.Typer(help=HELP, rich_markup_mode="rich", no_args_is_help=True)
 
+Options = dict[str, Any]
 File = Annotated[Path, typer.Option("--output", "-o", help="The file to write; it must not exist yet.")]
 Folder = Annotated[Path, typer.Option("--output", "-o", help="The folder to write; it must not exist yet.")]
 OutType = Annotated[
@@ -56,103 +56,75 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would go, and 
 
 
 @app.command("gguf")
-@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
-def gguf(
-    asked: Asked, output: File, outtype: OutType = "f16", verify: Verify = True, rows: Rows = 4, quiet: Quiet = False
-) -> None:
+@exporter(rows=4)
+def gguf(model: ModelConfig, adapter: str, options: Options, output: File, outtype: OutType = "f16") -> Said:
     """Write base and adapter as one GGUF file, for llama.cpp and all that is built on it."""
-    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
-        from mlx_dpo.export.gguf import export_gguf
+    from mlx_dpo.export.gguf import export_gguf
 
-        report = export_gguf(model, adapter, output, outtype=outtype, **options)
-    _tell_check(report.verified, quiet)
-    print(report.path)
+    report = export_gguf(model, adapter, output, outtype=outtype, **options)
+    return [_check(report.verified)], [report.path]
 
 
 @app.command("gguf-adapter")
-@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+@exporter(rows=4)
 def gguf_adapter(
-    asked: Asked,
-    output: File,
-    outtype: AdapterForm = "f32",
-    verify: Verify = True,
-    rows: Rows = 4,
-    quiet: Quiet = False,
-) -> None:
+    model: ModelConfig, adapter: str, options: Options, output: File, outtype: AdapterForm = "f32"
+) -> Said:
     """Write the adapter alone as a GGUF file, for `llama-cli --lora`."""
-    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
-        from mlx_dpo.export.gguf import export_gguf_adapter
+    from mlx_dpo.export.gguf import export_gguf_adapter
 
-        report = export_gguf_adapter(model, adapter, output, dtype=outtype, **options)
-    _tell_check(report.verified, quiet)
-    print(report.path)
+    report = export_gguf_adapter(model, adapter, output, dtype=outtype, **options)
+    return [_check(report.verified)], [report.path]
 
 
 @app.command("peft")
-@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
-def peft(
-    asked: Asked,
-    output: Folder,
-    base_model: BaseModel = None,
-    verify: Verify = True,
-    rows: Rows = 8,
-    quiet: Quiet = False,
-) -> None:
+@exporter(rows=8)
+def peft(model: ModelConfig, adapter: str, options: Options, output: Folder, base_model: BaseModel = None) -> Said:
     """Write the adapter as a PEFT folder, for transformers, vLLM and others."""
-    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
-        from mlx_dpo.export.peft import export_peft
+    from mlx_dpo.export.peft import export_peft
 
-        report = export_peft(model, adapter, output, base_model=base_model, **options)
-    if not quiet:
-        for found in report.verified:
-            stderr().print(
-                f"verified in {found.runtime}: off by {found.largest:.2g} nats at most over {found.tokens} tokens; "
-                f"the adapter itself makes {found.effect:.2g}"
-            )
-    print(report.output)
+    report = export_peft(model, adapter, output, base_model=base_model, **options)
+    checks = (
+        f"verified in {found.runtime}: off by {found.largest:.2g} nats at most over {found.tokens} tokens; "
+        f"the adapter itself makes {found.effect:.2g}"
+        for found in report.verified
+    )
+    return checks, [report.output]
 
 
 @app.command("ollama")
-@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+@exporter(rows=4)
 def ollama(
-    asked: Asked,
+    model: ModelConfig,
+    adapter: str,
+    options: Options,
     output: Folder,
     name: OllamaName = None,
     outtype: ModelForm = "f16",
-    verify: Verify = True,
-    rows: Rows = 4,
-    quiet: Quiet = False,
-) -> None:
+) -> Said:
     """Write a fused GGUF file and a Modelfile for Ollama, and the commands that make it known there."""
-    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
-        from mlx_dpo.export.ollama import export_ollama
+    from mlx_dpo.export.ollama import export_ollama
 
-        report = export_ollama(model, adapter, output, name=name, outtype=outtype, **options)
-    _tell_check(report.verified, quiet)
-    if not quiet and not report.has_template:
-        stderr().print("the chat template has no known counterpart; Ollama reads the one inside the GGUF file")
-    for command in report.commands:
-        print(command)
+    report = export_ollama(model, adapter, output, name=name, outtype=outtype, **options)
+    unlike = "the chat template has no known counterpart; Ollama reads the one inside the GGUF file"
+    return [_check(report.verified), *([] if report.has_template else [unlike])], report.commands
 
 
 @app.command("lmstudio")
-@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+@exporter(rows=4)
 def lmstudio(
-    asked: Asked,
+    model: ModelConfig,
+    adapter: str,
+    options: Options,
     name: StudioName,
     publisher: Publisher = "local",
     outtype: ModelForm = "f16",
-    verify: Verify = True,
-    rows: Rows = 4,
-    quiet: Quiet = False,
-) -> None:
+) -> Said:
     """Write a fused GGUF file where LM Studio finds it."""
-    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
-        from mlx_dpo.export.lmstudio import export_lmstudio
+    from mlx_dpo.export.lmstudio import export_lmstudio
 
-        report = export_lmstudio(model, adapter, name, publisher=publisher, outtype=outtype, **options)
-    _tell_check(report.verified, quiet)
-    print(report.gguf)
+    report = export_lmstudio(model, adapter, name, publisher=publisher, outtype=outtype, **options)
+    return [_check(report.verified)], [report.path]
 
 
 @app.command("hub")
@@ -169,14 +141,11 @@ def hub(folder: RunFolder, repo: Repo, public: Public = False, dry_run: DryRun =
     print(where)
 
 
-def _tell_check(found: VerifyReport | None, quiet: bool) -> None:
-    if quiet:
-        return
+def _check(found: VerifyReport | None) -> str:
     if found is None:
-        stderr().print("not checked in llama.cpp; `pip install 'mlx-dpo[verify]'` makes that possible")
-        return
+        return "not checked in llama.cpp; `pip install 'mlx-dpo[verify]'` makes that possible"
     control = "" if found.control is None else f"; with the adapter off it would differ by {found.control:.2g}"
-    stderr().print(
+    return (
         f"verified in llama.cpp: off by {found.largest:.2g} nats at most ({found.tolerance:g} allowed), "
         f"{found.mean:.2g} on average over {found.positions} positions{control}"
     )

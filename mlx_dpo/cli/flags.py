@@ -54,9 +54,8 @@ def with_settings(
             given = []
             for setting in wanted:
                 value = values.pop(_parameter(setting))
-                if (
-                    value is not None
-                ):  # not given is None whatever the default: a flag left out must not win over the file
+                # not given is None whatever the default: a flag left out must not win over the file
+                if value is not None:
                     typed = not setting.default if value is True else value
                     given.append(Given(flag_names(setting)[0], setting.key, typed))
             verb(Asked(values.pop("config"), given, values.pop("assignments")), **values)
@@ -90,9 +89,14 @@ def _files() -> Iterable[inspect.Parameter]:
 def _flag(setting: Setting, notes: Mapping[str, str]) -> inspect.Parameter:
     kind = required_type(setting.kind)
     allowed = choices(kind)
+    parts = [
+        notes.get(setting.key, setting.note),
+        f"({', '.join(allowed)})" if allowed else "",
+        "" if kind is bool or setting.default in (None, "") else f"[default: {setting.default}]",
+    ]
     option = typer.Option(
         *flag_names(setting),
-        help=_help(setting, notes),
+        help=" ".join(part.replace("[", "\\[") for part in parts if part),
         metavar=METAVARS.get(kind, "WORD" if allowed else "NAMES"),
         autocompletion=(lambda incomplete: [c for c in allowed if c.startswith(incomplete)]) if allowed else None,
         rich_help_panel=(inspect.getdoc(SECTIONS[setting.key.split(".")[0]]) or "").splitlines()[0].rstrip("."),
@@ -104,14 +108,3 @@ def _flag(setting: Setting, notes: Mapping[str, str]) -> inspect.Parameter:
         default=None,
         annotation=Annotated[(bool if kind is bool else str) | None, option],
     )
-
-
-def _help(setting: Setting, notes: Mapping[str, str]) -> str:
-    kind = required_type(setting.kind)
-    allowed = choices(kind)
-    parts = [
-        notes.get(setting.key, setting.note),
-        f"({', '.join(allowed)})" if allowed else "",
-        "" if kind is bool or setting.default in (None, "") else f"[default: {setting.default}]",
-    ]
-    return " ".join(part.replace("[", "\\[") for part in parts if part)

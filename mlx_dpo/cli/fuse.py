@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,36 +45,53 @@ Verify = Annotated[
 Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="Rows to compare on.")]
 
 
-@contextmanager
-def exporting(asked: Asked, verify: bool, rows: int, quiet: bool) -> Iterator[tuple[ModelConfig, str, dict[str, Any]]]:
-    """What every export takes: the model, its adapter, and how it is to check and tell what it does.
+Said = tuple[Iterable[str], Iterable[object]]
+"""What an export has to tell: lines for people, who may want it quiet, and the lines of its result."""
 
-    The flags are judged before the caller imports the export, so that a mistyped one is refused at once.
+
+def exporter(rows: int) -> Callable[[Callable[..., Said]], Callable[..., None]]:
+    """Makes a verb of a function that exports, and gives it the flags of every export, with `rows` to compare on.
+
+    The function gets the model, its adapter, how it is to check and tell what it does, and its own flags. These are
+    judged before it imports the export, so that a mistyped one is refused at once.
     """
-    config = resolve(*asked)
-    require(config, "--model", "--adapter")
 
-    from mlx_dpo.cli.progress import show_progress
+    def decorate(export: Callable[..., Said]) -> Callable[..., None]:
+        def verb(asked: Asked, *, verify: Verify = True, rows: Rows = rows, quiet: Quiet = False, **own: Any) -> None:
+            config = resolve(*asked)
+            require(config, "--model", "--adapter")
 
-    with show_progress(quiet=quiet) as on_event:
-        data = config.data if config.data.path else None
-        options = {"verify": verify, "data": data, "rows": rows, "on_event": on_event}
-        yield config.model, config.model.adapter or "", options
+            from mlx_dpo.cli.progress import show_progress
+
+            with show_progress(quiet=quiet) as on_event:
+                data = config.data if config.data.path else None
+                options = {"verify": verify, "data": data, "rows": rows, "on_event": on_event}
+                told, result = export(config.model, config.model.adapter, options, **own)
+            for line in () if quiet else told:
+                stderr().print(line)
+            for found in result:
+                print(found)
+
+        asked, *shared, _ = inspect.signature(verb, eval_str=True).parameters.values()
+        own = list(inspect.signature(export, eval_str=True).parameters.values())[3:]
+        wraps(export)(verb).__signature__ = inspect.Signature([asked, *own, *shared])  # type: ignore[attr-defined]
+        return with_settings(*MODEL, *SCORED_DATA, notes=NOTES)(verb)
+
+    return decorate
 
 
-@with_settings(*MODEL, *SCORED_DATA, notes=NOTES)
+@exporter(rows=32)
 def fuse(
-    asked: Asked,
+    model: ModelConfig,
+    adapter: str,
+    options: dict[str, Any],
     output: Output,
     dtype: AsDtype = "auto",
     quantize_bits: Bits = None,
     quantize_group_size: GroupSize = None,
     quantize_mode: Mode = None,
     keep_adapted_bits: KeepAdapted = None,
-    verify: Verify = True,
-    rows: Rows = 32,
-    quiet: Quiet = False,
-) -> None:
+) -> Said:
     """Make one model folder of a model and its adapter.
 
     \b
@@ -83,26 +101,22 @@ def fuse(
 
     Rounding to few bits can round the tuning away; how much is measured and said.
     """
-    with exporting(asked, verify, rows, quiet) as (model, adapter, options):
-        from mlx_dpo.export.fuse import fuse
+    from mlx_dpo.export.fuse import fuse
 
-        report = fuse(
-            model, adapter, output,
-            dtype=dtype, quantize_bits=quantize_bits, quantize_group_size=quantize_group_size,
-            quantize_mode=quantize_mode, keep_adapted_bits=keep_adapted_bits, **options,
-        )  # fmt: skip
-    if not quiet:
-        show_report(report)
-    print(report.output)
+    report = fuse(
+        model, adapter, output,
+        dtype=dtype, quantize_bits=quantize_bits, quantize_group_size=quantize_group_size,
+        quantize_mode=quantize_mode, keep_adapted_bits=keep_adapted_bits, **options,
+    )  # fmt: skip
+    return describe(report), [report.output]
 
 
-def show_report(report: FuseReport) -> None:
+def describe(report: FuseReport) -> Iterator[str]:
     """What was written, and what rounding took from the tuning."""
-    console = stderr()
-    console.print(f"weights   {report.form}, {report.size / 1e6:.0f} MB; adapted layers {report.adapted_form}")
-    console.print(f"tuning    {report.kept:.1%} of it arrived, rounding noise {report.error:.2g} of its size")
+    yield f"weights   {report.form}, {report.size / 1e6:.0f} MB; adapted layers {report.adapted_form}"
+    yield f"tuning    {report.kept:.1%} of it arrived, rounding noise {report.error:.2g} of its size"
     if found := report.verified:
-        console.print(
+        yield (
             f"verified  {found.tokens} tokens of {found.rows} rows: off by {found.error:.2g} nats on average, "
             f"{found.largest:.2g} at most; the adapter itself makes {found.effect:.2g}"
         )

@@ -53,12 +53,9 @@ def generate(
     config = resolve(*asked)
     require(config, "--model", *(["--adapter"] if compare else []))
 
-    from mlx_dpo.models import lora
-    from mlx_dpo.models.load import load
+    from mlx_dpo.sampling.generate import load_tuned
 
-    loaded = load(config.model)
-    if config.model.adapter:
-        lora.load(loaded.model, config.model.adapter)
+    loaded = load_tuned(config.model)
     questions = [line for prompt in prompts for line in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])]
     how = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed, "raw": raw}
     (_compare if compare else _answer)(loaded, questions, how, as_json)

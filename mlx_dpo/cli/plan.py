@@ -66,7 +66,7 @@ def plan(asked: Asked, memory: Memory = None, as_json: Json = False) -> None:
 
 
 def _show(found: Plan, machine: Machine) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from mlx_dpo.planning.machine import in_gb
 
@@ -80,10 +80,7 @@ def _show(found: Plan, machine: Machine) -> None:
         lines += [("activation cache", in_gb(size), where)] if size else []
     lines += [(f"in {name}", in_gb(nbytes), "") for name, nbytes in found.phases.items() if name != highest]
     lines += [("largest micro-batch", tokens, "")] if tokens else []
-    table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_column()
+    table = Table.grid("", Column(justify="right"), "", padding=(0, 2))
     for line in lines:
         table.add_row(*line, style="bold" if line[0] == "memory" else "")
     stdout().print(table)

@@ -146,19 +146,11 @@ def _evaluated(screen: Screen, event: Evaluated) -> None:
     screen.console.print(f"held out, after step {event.step}: {in_words(event.metrics)}{best}")
 
 
-def _saved(screen: Screen, event: Saved) -> None:
-    screen.console.print(Text(f"saved {event.path}", style="dim"))
-
-
-def _warned(screen: Screen, event: Warned) -> None:
-    show_warning(screen.console, event.text)
-
-
 RENDER: dict[type, Callable[[Screen, Any], None]] = {
     Progressed: _phase,
     Started: _started,
     Stepped: _stepped,
     Evaluated: _evaluated,
-    Saved: _saved,
-    Warned: _warned,
+    Saved: lambda screen, event: screen.console.print(Text(f"saved {event.path}", style="dim")),
+    Warned: lambda screen, event: show_warning(screen.console, event.text),
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 
+from mlx_dpo.cli.eval import measuring
 from mlx_dpo.cli.flags import Asked, with_settings
-from mlx_dpo.cli.options import ADAPTER, BatchSize, Json, Quiet, ReferenceAdapter, Split, require
-from mlx_dpo.settings import resolve
+from mlx_dpo.cli.options import ADAPTER, BatchSize, Json, Quiet, ReferenceAdapter, Split
 
 
 @with_settings("model", "data", "loss.beta", "loss.reference", notes=ADAPTER)
@@ -28,18 +28,10 @@ def score(
     Log-probs are summed over an answer's tokens, in nats. A reward is
     β (log π - log π_ref); the margin is the chosen reward less the rejected one.
     """
-    config = resolve(*asked)
-    require(config, "--model", "--data")
+    with measuring(asked, quiet, split, reference_adapter, batch_size) as (what, how):
+        from mlx_dpo.evaluation.evaluate import score
 
-    from mlx_dpo.cli.progress import show_progress
-    from mlx_dpo.evaluation.evaluate import score
-
-    with show_progress(quiet=quiet) as on_event:
-        rows = score(
-            config.model, config.data, config.loss, split=split,
-            reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
-        )  # fmt: skip
-        for number, row in enumerate(rows):
+        for number, row in enumerate(score(*what, **how)):
             if as_json:
                 print(json.dumps(row, ensure_ascii=False), flush=True)
                 continue

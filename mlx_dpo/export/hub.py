@@ -42,8 +42,7 @@ def push(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"{repo!r} is no name of a repository", "it is owner/name")
-    patterns = _patterns(folder)
-    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
+    files = {file for pattern in _patterns(folder) for file in folder.glob(pattern) if file.is_file()}
     listed = tuple(sorted((file.name, file.stat().st_size) for file in files))
     if dry_run:
         return PushReport(repo, private, listed, None)

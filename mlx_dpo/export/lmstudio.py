@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.export.fuse import check_output
-from mlx_dpo.export.gguf import write_fused_gguf
+from mlx_dpo.export.gguf import GGUFReport, write_fused_gguf
+from mlx_dpo.export.verify import Trained
 from mlx_dpo.files import written_whole
-from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
 
 MODELS = "~/.lmstudio/models"
 """LM Studio's folder of models, unless the user chose another one there."""
-
-
-@dataclass(frozen=True)
-class LMStudioReport:
-    """The file that was written, which LM Studio shows as publisher/name, and the check of it."""
-
-    gguf: Path
-    verified: VerifyReport | None
 
 
 def export_lmstudio(
@@ -38,8 +30,10 @@ def export_lmstudio(
     data: DataConfig | None = None,
     rows: int = 4,
     on_event: OnEvent = ignore,
-) -> LMStudioReport:
+) -> GGUFReport:
     """Writes `models/publisher/name/name-OUTTYPE.gguf`, base and adapter fused: LM Studio takes no adapters.
+
+    It shows the model as publisher/name.
 
     Raises:
         UsageError: there is a model of that name, or a name holds a slash.
@@ -52,7 +46,6 @@ def export_lmstudio(
     check_output(folder)
     with written_whole(folder, folder=True) as beside:
         file = f"{name}-{outtype.upper()}.gguf"
-        verified = write_fused_gguf(
-            model, adapter, beside / file, outtype, verify=verify, data=data, rows=rows, on_event=on_event
-        )
-    return LMStudioReport(folder / file, verified)
+        trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        verified = write_fused_gguf(trained, beside / file, outtype, verify=verify)
+    return GGUFReport(folder / file, verified)

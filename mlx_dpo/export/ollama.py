@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -14,6 +14,7 @@ from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.export.fuse import check_output
 from mlx_dpo.export.gguf import write_fused_gguf
 from mlx_dpo.export.ollama_template import go_template, learn_shape
+from mlx_dpo.export.verify import Trained
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf.verify import VerifyReport
 from mlx_dpo.gguf.write import ModelType
@@ -67,9 +68,8 @@ def export_ollama(
     called = re.sub(r"[^a-z0-9._-]+", "-", (name or output.name).lower()).strip("-._") or "tuned"
     gguf = output / f"{called.replace('/', '-')}.gguf"
     with written_whole(output, folder=True) as beside:
-        verified = write_fused_gguf(
-            model, adapter, beside / gguf.name, outtype, verify=verify, data=data, rows=rows, on_event=on_event
-        )
+        trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        verified = write_fused_gguf(trained, beside / gguf.name, outtype, verify=verify)
         text, has_template = modelfile(model_folder(model.path, model.revision), gguf.name)
         (beside / "Modelfile").write_text(text)
     if not has_template:

@@ -61,12 +61,8 @@ def _render(tokenizer: Any, turns: Sequence[str], system: str | None = None) -> 
     except TemplateError:
         return None
     said = [message["content"] for message in messages]
-    parts = re.split("|".join(map(re.escape, said)), whole)
-    return parts if len(parts) == len(said) + 1 and whole == _weave(parts, said) else None
-
-
-def _weave(parts: Sequence[str], said: Sequence[str]) -> str:
-    return "".join(part + text for part, text in zip(parts, [*said, ""], strict=True))
+    parts = re.split(f"({'|'.join(map(re.escape, said))})", whole)
+    return parts[::2] if parts[1::2] == said else None
 
 
 def go_template(shape: ChatShape) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.export.fuse import check_output, load_stored
-from mlx_dpo.export.verify import Verified, has_peft, verify_folder, verify_peft
+from mlx_dpo.export.verify import Trained, Verified, verify_folder, verify_peft
 from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
 from mlx_dpo.models.merge import adapted_layers, base_of, is_packed
@@ -75,13 +76,12 @@ def export_peft(
         (beside / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         card_along(adapter, beside, fused=False, on_event=on_event)
         if verify:
-            trained = replace(model, adapter=str(adapter))
-            found.append(
-                verify_folder(trained, folder, adapter=beside, exact=True, data=data, rows=rows, on_event=on_event)
-            )
+            trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+            found.append(verify_folder(trained, folder, adapter=beside, exact=True))
             # transformers cannot load what MLX packed, so there is no base there to put the adapter on
-            if has_peft() and not packed and model.quantize_bits is None:
-                found.append(verify_peft(trained, folder, beside, data=data, rows=rows, on_event=on_event))
+            has_peft = all(find_spec(name) for name in ("peft", "transformers", "torch"))
+            if has_peft and not packed and model.quantize_bits is None:
+                found.append(verify_peft(trained, folder, beside))
     return PeftReport(output, len(names), tuple(v for v in found if v))
 
 

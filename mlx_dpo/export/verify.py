@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.resources import files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,12 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluation.rows import score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.gguf.base import open_base
-from mlx_dpo.gguf.verify import VerifyReport, compare_in_llama_cpp, float32_log_probs, tolerance_for
+from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, compare_in_llama_cpp, float32_log_probs
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load, model_folder
 from mlx_dpo.reference.store import RefLogps
+from mlx_dpo.sampling.generate import load_tuned
 
 EXACT = 1e-3
 """Largest difference of a token's log-prob, in nats, that float32 on two ways to the same numbers explains."""
@@ -40,6 +40,16 @@ Runtime = Callable[[Sequence[TokenizedRow], RefLogps], RefLogps]
 
 PLAIN = SpeedConfig(shared_prompt=False, activation_cache=False)
 """Whole sequences, as every runtime reads them."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What an export is held against: base + `model.adapter`, on the first `rows` of `data` or of the demo's rows."""
+
+    model: ModelConfig
+    data: DataConfig | None = None
+    rows: int = 32
+    on_event: OnEvent = ignore
 
 
 @dataclass(frozen=True)
@@ -71,57 +81,37 @@ class Verified:
         return close and (self.error < self.off or not self.effect)
 
 
-def verify_folder(
-    trained: ModelConfig,
-    folder: Path,
-    *,
-    adapter: str | Path | None = None,
-    exact: bool,
-    data: DataConfig | None = None,
-    rows: int = 32,
-    on_event: OnEvent = ignore,
-) -> Verified:
-    """Holds an mlx-lm folder (with `adapter` on it, where the export is an adapter) against base + `trained.adapter`.
+def verify_folder(trained: Trained, folder: Path, *, adapter: Path | None = None, exact: bool) -> Verified:
+    """Holds an mlx-lm folder (with `adapter` on it, where the export is an adapter) against what was trained.
 
     Raises:
         ModelError: the folder cannot be loaded; or, if `exact`, it computes something else than was trained.
     """
-    other = replace(trained, path=str(folder), revision=None, adapter=None, quantize_bits=None)
+    on_it = None if adapter is None else str(adapter)
+    other = replace(trained.model, path=str(folder), revision=None, adapter=on_it, quantize_bits=None)
 
     def run(tokenized: Sequence[TokenizedRow], off: RefLogps) -> RefLogps:
-        loaded = load(other)
-        if adapter is not None:
-            lora.load(loaded.model, adapter)
-        return score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
+        return score_rows(Scorer(load_tuned(other).model, PLAIN), tokenized, 8)
 
-    return verify(trained, "mlx-lm", run, tolerance=EXACT if exact else None, data=data, rows=rows, on_event=on_event)
+    return verify(trained, "mlx-lm", run, tolerance=EXACT if exact else None)
 
 
-def verify(
-    trained: ModelConfig,
-    runtime: str,
-    run: Runtime,
-    *,
-    tolerance: float | None,
-    data: DataConfig | None = None,
-    rows: int = 32,
-    on_event: OnEvent = ignore,
-) -> Verified:
-    """Holds what `run` computes against base + `trained.adapter`, on the first `rows` of `data` or of the demo's rows.
+def verify(trained: Trained, runtime: str, run: Runtime, *, tolerance: float | None) -> Verified:
+    """Holds what `run` computes against what was trained.
 
     Raises:
         ModelError: `tolerance` is given, and the export computes something else than was trained, or does nothing.
     """
-    on_event(Progressed(f"checking in {runtime}", 0, 1, ""))
-    loaded = load(trained)
-    tokenized = first_rows(data, rows, loaded.tokenizer)
+    trained.on_event(Progressed(f"checking in {runtime}", 0, 1, ""))
+    loaded = load(trained.model)
+    tokenized = first_rows(trained, loaded.tokenizer)
     off = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
-    if trained.adapter:
-        lora.load(loaded.model, trained.adapter)
+    if trained.model.adapter:
+        lora.load(loaded.model, trained.model.adapter)
     on = score_rows(Scorer(loaded.model, PLAIN), tokenized, 8)
     del loaded  # the other runtime needs the room
     found = compare_logps(runtime, tokenized, off, on, run(tokenized, off), tolerance)
-    on_event(Progressed(f"checking in {runtime}", 1, 1, ""))
+    trained.on_event(Progressed(f"checking in {runtime}", 1, 1, ""))
     if tolerance is not None and not found.holds:
         raise ModelError(
             f"the export is not what was trained: in {runtime} log-probs differ by up to {found.largest:.3g} nats from "
@@ -131,10 +121,10 @@ def verify(
     return found
 
 
-def first_rows(data: DataConfig | None, rows: int, tokenizer: Any) -> list[TokenizedRow]:
-    """The first rows of `data` as token ids; of the package's own held-out rows for who has none."""
-    data = data or DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
-    return encode_records(load_records(data.path)[:rows], tokenizer, data)[0]
+def first_rows(trained: Trained, tokenizer: Any) -> list[TokenizedRow]:
+    """The rows to compare on as token ids; of the package's own held-out rows for who has none."""
+    data = trained.data or DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
+    return encode_records(load_records(data.path)[: trained.rows], tokenizer, data)[0]
 
 
 def compare_logps(
@@ -146,15 +136,13 @@ def compare_logps(
     tolerance: float | None,
 ) -> Verified:
     """The differences between three models' token log-probs of the same rows: base, trained, exported."""
-    base, trained, other = (
-        np.concatenate([v for row in part for v in row]).astype(np.float64) for part in (off, on, exported)
-    )
+    base, trained, other = map(_joined, (off, on, exported))
     pairs = [i for i, row in enumerate(rows) if len(row.completions) == 2 and row.ranks[0] < row.ranks[1]]
     return Verified(
         runtime=runtime,
         rows=len(rows),
         tokens=len(base),
-        largest=_largest(exported, on),
+        largest=float(np.abs(other - trained).max()),
         error=_rms(other - trained),
         effect=_rms(trained - base),
         off=_rms(other - base),
@@ -164,10 +152,9 @@ def compare_logps(
     )
 
 
-def _largest(one: RefLogps, other: RefLogps) -> float:
-    """The largest difference of a token's log-prob."""
-    pairs = (pair for rows in zip(one, other, strict=True) for pair in zip(*rows, strict=True))
-    return max(float(np.abs(a - b).max()) for a, b in pairs)
+def _joined(logps: RefLogps) -> np.ndarray:
+    """The log-probs of every row's every answer, float64 `[tokens]`."""
+    return np.concatenate([answer for row in logps for answer in row]).astype(np.float64)
 
 
 def _rms(values: np.ndarray) -> float:
@@ -181,20 +168,7 @@ def _accuracy(pairs: Sequence[int], off: RefLogps, model: RefLogps) -> float | N
     return sum(gain(i, 0) > gain(i, 1) for i in pairs) / len(pairs) if pairs else None
 
 
-def has_peft() -> bool:
-    """Whether peft, transformers and torch are installed."""
-    return all(find_spec(name) for name in ("peft", "transformers", "torch"))
-
-
-def verify_peft(
-    trained: ModelConfig,
-    base: Path,
-    adapter: Path,
-    *,
-    data: DataConfig | None = None,
-    rows: int = 8,
-    on_event: OnEvent = ignore,
-) -> Verified | None:
+def verify_peft(trained: Trained, base: Path, adapter: Path) -> Verified | None:
     """Holds what a PEFT folder adds to `base` in transformers against what was trained; both in float32.
 
     transformers' own base may differ a little (a scale that mlx-lm rounds, say), so the adapter's effect is compared.
@@ -221,7 +195,7 @@ def verify_peft(
 
         plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         own = of(plain)
-        if _largest(own, off) > ANOTHER_MODEL:
+        if np.abs(_joined(own) - _joined(off)).max() > ANOTHER_MODEL:
             raise _OtherModelError
         on = of(peft.PeftModel.from_pretrained(plain, adapter).eval())
         return [
@@ -229,13 +203,15 @@ def verify_peft(
             for answers in zip(off, on, own, strict=True)
         ]
 
-    exact = replace(trained, compute_dtype="float32")
+    exact = replace(trained, model=replace(trained.model, compute_dtype="float32"))
     try:
         with warnings.catch_warnings():  # of peft about transformers, and the like
             warnings.simplefilter("ignore")
-            return verify(exact, "peft", run, tolerance=EXACT, data=data, rows=rows, on_event=on_event)
+            return verify(exact, "peft", run, tolerance=EXACT)
     except _OtherModelError:
-        on_event(Warned(f"not checked in peft: transformers does not read {base} as the model that it is in MLX"))
+        trained.on_event(
+            Warned(f"not checked in peft: transformers does not read {base} as the model that it is in MLX")
+        )
         return None
 
 
@@ -243,32 +219,23 @@ class _OtherModelError(Exception):
     """A runtime reads the base as something else."""
 
 
-def verify_gguf(
-    trained: ModelConfig,
-    file: Path,
-    outtype: str,
-    *,
-    adapter_file: Path | None = None,
-    data: DataConfig | None = None,
-    rows: int = 4,
-    on_event: OnEvent = ignore,
-) -> VerifyReport:
-    """Holds a GGUF file, fused or the base's with `adapter_file` on top, against base + `trained.adapter`.
+def verify_gguf(trained: Trained, file: Path, outtype: str, *, adapter_file: Path | None = None) -> VerifyReport:
+    """Holds a GGUF file, fused or the base's with `adapter_file` on top, against what was trained.
 
-    llama.cpp computes the likeliest tokens' log-probs at positions of `rows` rows of `data` or of the demo's rows;
-    `outtype` is the type of what was written, which decides how much rounding may make.
+    llama.cpp computes the likeliest tokens' log-probs at some positions of the rows; `outtype` is the type of what was
+    written, which decides how much rounding may make.
 
     Raises:
         MlxDpoError: llama.cpp is not installed, or the file computes something else than was trained, or does nothing.
     """
     from mlx_lm.utils import load_tokenizer
 
-    on_event(Progressed("checking in llama.cpp", 0, 1, ""))
-    folder = model_folder(trained.path, trained.revision)
-    tokenized = first_rows(data, rows, load_tokenizer(folder)._tokenizer)
-    on, off = float32_log_probs(folder, trained.adapter)
-    tolerance = tolerance_for(outtype, open_base(folder).model_type)
+    trained.on_event(Progressed("checking in llama.cpp", 0, 1, ""))
+    folder = model_folder(trained.model.path, trained.model.revision)
+    tokenized = first_rows(trained, load_tokenizer(folder)._tokenizer)
+    on, off = float32_log_probs(folder, trained.model.adapter)
+    tolerance = TOLERANCES[outtype] + open_base(folder).architecture.own_rounding
     ids = [row.context(0) + row.completions[0] for row in tokenized]
     report = compare_in_llama_cpp(file, ids, on, adapter_gguf=adapter_file, adapter_off=off, tolerance=tolerance)
-    on_event(Progressed("checking in llama.cpp", 1, 1, ""))
+    trained.on_event(Progressed("checking in llama.cpp", 1, 1, ""))
     return report

@@ -1,41 +1,19 @@
-"""The architectures that go into and out of GGUF: names of tensors and settings, and what differs in the numbers.
+"""The architectures that go into and out of GGUF: names of settings, and what differs in the numbers.
 
-Adding one is an entry in `ARCHITECTURES`. Facts are those of llama.cpp's loader (src/llama-model.cpp) and converter.
+Adding one is an entry in `ARCHITECTURES`; the `gguf` package knows the names of its tensors. Facts are those of
+llama.cpp's loader (src/llama-model.cpp) and converter.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import gguf
 import numpy as np
-
-GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-
-LLAMA_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-FOUR_NORMS = {
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-EXPERTS = {
-    "ffn_gate_inp": "mlp.gate",
-    "ffn_gate_exps": "mlp.switch_mlp.gate_proj",
-    "ffn_up_exps": "mlp.switch_mlp.up_proj",
-    "ffn_down_exps": "mlp.switch_mlp.down_proj",
-}
 
 COMMON_SETTINGS = {
     "context_length": "max_position_embeddings",
@@ -50,6 +28,9 @@ COMMON_SETTINGS = {
 }
 SLIDING = {"attention.sliding_window": "sliding_window"}
 
+LAYER = re.compile(r"layers\.(\d+)\.")
+name_map = cache(gguf.get_tensor_name_map)
+
 LLAMA3_DEFAULTS = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 
 
@@ -59,7 +40,6 @@ class Architecture:
 
     gguf: str  # general.architecture
     model_class: str  # config.json's "architectures"
-    block: Mapping[str, str] = field(default_factory=lambda: dict(LLAMA_BLOCK))  # blk.N.… to model.layers.N.…
     settings: Mapping[str, str] = field(default_factory=lambda: dict(COMMON_SETTINGS))  # GGUF key to config.json key
     constants: Mapping[str, Any] = field(default_factory=dict)  # config.json keys that GGUF leaves to the architecture
     interleaved_rope: bool = False  # rows of q and k in pairs: ggml rotates neighbours, Hugging Face halves
@@ -85,11 +65,10 @@ ARCHITECTURES: dict[str, Architecture] = {
         constants={"no_rope_layer_interval": 4},
     ),
     "qwen2": Architecture(gguf="qwen2", model_class="Qwen2ForCausalLM"),
-    "qwen3": Architecture(gguf="qwen3", model_class="Qwen3ForCausalLM", block=LLAMA_BLOCK | QK_NORMS),
+    "qwen3": Architecture(gguf="qwen3", model_class="Qwen3ForCausalLM"),
     "qwen3_moe": Architecture(
         gguf="qwen3moe",
         model_class="Qwen3MoeForCausalLM",
-        block={k: v for k, v in LLAMA_BLOCK.items() if not v.startswith("mlp.")} | QK_NORMS | EXPERTS,
         settings=COMMON_SETTINGS
         | {
             "expert_count": "num_experts",
@@ -102,7 +81,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma2": Architecture(
         gguf="gemma2",
         model_class="Gemma2ForCausalLM",
-        block=LLAMA_BLOCK | FOUR_NORMS,
         settings=COMMON_SETTINGS
         | SLIDING
         | {
@@ -115,7 +93,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "gemma3_text": Architecture(
         gguf="gemma3",
         model_class="Gemma3ForCausalLM",
-        block=LLAMA_BLOCK | QK_NORMS | FOUR_NORMS,
         settings=COMMON_SETTINGS | SLIDING | {"rope.freq_base_swa": "rope_local_base_freq"},
         constants={"sliding_window_pattern": 6},
         **GEMMAS,
@@ -124,14 +101,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "phi3": Architecture(
         gguf="phi3",
         model_class="Phi3ForCausalLM",
-        block={
-            "attn_norm": "input_layernorm",
-            "attn_qkv": "self_attn.qkv_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
-            "ffn_up": "mlp.gate_up_proj",
-            "ffn_down": "mlp.down_proj",
-        },
         settings={k: v for k, v in COMMON_SETTINGS.items() if v != "head_dim"} | SLIDING,
     ),
 }
@@ -142,28 +111,16 @@ def model_type_of(gguf_architecture: str) -> str | None:
     return next((name for name, a in ARCHITECTURES.items() if a.gguf == gguf_architecture), None)
 
 
-def to_mlx_name(architecture: Architecture, name: str) -> str | None:
-    """`blk.3.attn_q.weight` as `model.layers.3.self_attn.q_proj.weight`; None for what the model has no place for."""
-    stem, _, kind = name.rpartition(".")
-    if kind not in ("weight", "bias"):
-        return None
-    if stem in GLOBAL_NAMES:
-        return f"{GLOBAL_NAMES[stem]}.{kind}"
-    prefix, _, rest = stem.partition(".")
-    layer, _, part = rest.partition(".")
-    if prefix != "blk" or part not in architecture.block:
-        return None
-    return f"model.layers.{layer}.{architecture.block[part]}.{kind}"
-
-
 def to_gguf_name(architecture: Architecture, name: str) -> str | None:
-    """The reverse of `to_mlx_name`."""
+    """`model.layers.3.self_attn.q_proj.weight` as `blk.3.attn_q.weight`; None for what a file has no place for."""
     stem, _, kind = name.rpartition(".")
-    theirs = {mlx_name: gguf_name for gguf_name, mlx_name in (GLOBAL_NAMES | dict(architecture.block)).items()}
-    if stem in GLOBAL_NAMES.values():
-        return f"{theirs[stem]}.{kind}"
-    layer, _, part = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{theirs[part]}.{kind}" if stem.startswith("model.layers.") and part in theirs else None
+    layer = LAYER.search(stem)
+    # the package's map is made for so many layers; mlx-lm has one tensor for all experts, and a name for it of its own
+    names = name_map(gguf.MODEL_ARCH[architecture.gguf.upper()], 1)
+    found = names.get_name(LAYER.sub("layers.0.", stem).replace(".switch_mlp.", ".experts."))
+    if found is None:
+        return None
+    return f"{found.replace('blk.0.', f'blk.{layer[1]}.') if layer else found}.{kind}"
 
 
 def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:

@@ -1,4 +1,5 @@
-"""The base model's folder as an export reads it: settings, and tensors one at a time, without loading the model."""
+"""The folders that an export is made of, without loading the model: the base's settings, and tensors one at a time;
+which of its matrices an adapter changes, by what B A."""
 
 from __future__ import annotations
 
@@ -11,18 +12,19 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture
+from mlx_dpo.models import lora
 from mlx_dpo.models.merge import unpacked
-from mlx_dpo.models.trees import read_json, read_weights
+from mlx_dpo.models.trees import flat, read_json, read_weights
 
 ANOTHER_WAY = (
     "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then try llama.cpp's converter on it: "
     "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf"
 )
 NOT_OF_THE_TEXT_MODEL = ("vision_tower.", "multi_modal_projector.")
+LOW_RANK = ("lora_a", "lora_b")
 EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
@@ -105,16 +107,20 @@ def open_base(folder: str | Path) -> Base:
             f"{folder} is quantized in the format {quantized_elsewhere.get('quant_method')!r}, which is not MLX's.",
             "Turn it into an MLX folder first: mlx_lm.convert --hf-path FOLDER --mlx-path NEW_FOLDER",
         )
+    args, shapes = text_model(model_type, config)
+    files = _find_tensors(folder, prefix)
+    _check_names(folder, shapes, files)
+    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
+
+
+def text_model(model_type: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """mlx-lm's ModelArgs for a model of this kind, and the shapes of its parameters, not quantized, by name."""
     from mlx_lm.utils import MODEL_REMAPPING
 
     module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(model_type, model_type))
     args = module.ModelArgs.from_dict(config)
     # Arrays of a model just made are lazy: this takes their shapes and no memory.
-    parameters = dict(tree_flatten(module.Model(args).parameters()))
-    shapes: dict[str, tuple[int, ...]] = {name: array.shape for name, array in parameters.items()}
-    files = _find_tensors(folder, prefix)
-    _check_names(folder, shapes, files)
-    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
+    return args, {name: array.shape for name, array in flat(module.Model(args).parameters()).items()}
 
 
 def _find_tensors(folder: Path, prefix: str) -> dict[str, list[tuple[Path, str]]]:
@@ -148,3 +154,58 @@ def _check_names(
             f"{len(strange)} without a place).",
             "Give a complete folder that mlx-lm loads.",
         )
+
+
+@dataclass(frozen=True)
+class LoraFolder:
+    """A LoRA adapter: y = W x + scale · B A x."""
+
+    rank: int
+    scale: float
+    modules: tuple[str, ...]  # names of the text model, in the order of the base's tensors
+    weights: Mapping[str, mx.array]  # by mlx-lm's names
+    prefix: str  # what those names begin with beside the text model's
+
+    def matrices(self, module: str) -> tuple[np.ndarray, np.ndarray]:
+        """A `[rank, in]` and B `[out, rank]` in float32; for experts both with a first axis over them."""
+        a, b = (np.array(self.weights[f"{self.prefix}{module}.{half}"].astype(mx.float32)) for half in LOW_RANK)
+        return (a, b) if a.ndim == 3 else (np.ascontiguousarray(a.T), np.ascontiguousarray(b.T))
+
+    def delta(self, module: str) -> np.ndarray:
+        """scale · B A, float32 `[out, in]` or `[experts, out, in]`."""
+        a, b = self.matrices(module)
+        return np.matmul(b * np.float32(self.scale), a)
+
+
+def read_lora(folder: str | Path, base: Base) -> LoraFolder:
+    """Read an mlx-lm or PEFT adapter folder for `base`; no model is loaded.
+
+    Raises ModelError that names all that llama.cpp cannot take: DoRA, LoRA on the embedding or on a tied head, modules
+    that the base does not have; and for a folder that is no adapter.
+    """
+    folder = Path(folder).expanduser()
+    paths = {base.prefix + name.rsplit(".", 1)[0] for name in base.shapes}
+    adapter, weights = lora.read(folder, paths, base.setting("num_hidden_layers"))
+    modules = {name.removeprefix(base.prefix).rsplit(".", 1)[0] for name in weights}
+    problems = []
+    if adapter.fine_tune_type == "dora" or any(name.endswith(".m") for name in weights):
+        problems.append("it is a 'dora' fine-tune, whose magnitudes (DoRA) llama.cpp's adapters do not know")
+    if "model.embed_tokens" in modules:
+        problems.append("it adapts the embedding, for which llama.cpp has no place")
+    if "lm_head" in modules and "lm_head.weight" not in base.files:
+        problems.append("it adapts the output head of a model whose head is its embedding")
+    unknown = sorted(
+        module
+        for module in modules - {"model.embed_tokens", "lm_head"}
+        if f"{module}.weight" not in base.shapes
+        or any(f"{base.prefix}{module}.{half}" not in weights for half in LOW_RANK)
+    )
+    if unknown:
+        problems.append(f"the base has no place for, or half is missing of, {', '.join(unknown[:5])}")
+    if problems:
+        raise ModelError(
+            f"{folder} cannot be written as GGUF: {'; '.join(problems)}.",
+            "Fuse it instead: `mlx-dpo fuse`, then export the fused folder.",
+        )
+    named = (name.removesuffix(".weight") for name in base.shapes)
+    return LoraFolder(adapter.rank, adapter.scale, tuple(m for m in named if m in modules), weights, base.prefix)

@@ -50,8 +50,7 @@ def write_config(base: Base) -> tuple[Settings, dict[str, np.ndarray]]:
 
 
 def _rope(base: Base, dims: int) -> tuple[Settings, dict[str, np.ndarray]]:
-    scaling = _rope_scaling(base)
-    kind = scaling.get("type") or scaling.get("rope_type", "default")
+    scaling, kind = _rope_scaling(base)
     if kind == "linear":
         return {"type": "linear", "factor": float(scaling["factor"])}, {}
     if kind == "llama3":
@@ -72,9 +71,10 @@ def _rope(base: Base, dims: int) -> tuple[Settings, dict[str, np.ndarray]]:
     return {}, {}
 
 
-def _rope_scaling(base: Base) -> dict[str, Any]:
-    """What mlx-lm's model reads: models without the argument ignore the config's."""
-    return getattr(base.args, "rope_scaling", None) or {}
+def _rope_scaling(base: Base) -> tuple[dict[str, Any], str]:
+    """What mlx-lm's model reads, and its kind: models without the argument ignore the config's."""
+    scaling = getattr(base.args, "rope_scaling", None) or {}
+    return scaling, scaling.get("type") or scaling.get("rope_type", "default")
 
 
 def _differences(base: Base) -> Iterator[str]:
@@ -84,8 +84,7 @@ def _differences(base: Base) -> Iterator[str]:
     say: such a file would load, answer and be wrong.
     """
     setting, model_type = base.setting, base.model_type
-    scaling = _rope_scaling(base)
-    kind = scaling.get("type") or scaling.get("rope_type", "default")
+    scaling, kind = _rope_scaling(base)
     if kind not in (ROPE_OF_PHI3 if model_type == "phi3" else ROPE):
         yield f"its rotary embedding is scaled by {kind!r}"
     if kind == "yarn" and any(scaling.get(key, value) != value for key, value in YARN_DEFAULTS.items()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +16,8 @@ import numpy as np
 from mlx_dpo.errors import ModelError
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf import OnTensor
-from mlx_dpo.gguf.architectures import ARCHITECTURES, Architecture, model_type_of, to_mlx_name
+from mlx_dpo.gguf.architectures import ARCHITECTURES, model_type_of, to_gguf_name
+from mlx_dpo.gguf.base import text_model
 from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, separate_rope, unpack_blocks
 from mlx_dpo.gguf.config_read import read_config
 from mlx_dpo.gguf.tokenizer_read import eos_token_ids, read_tokenizer
@@ -68,15 +69,14 @@ def import_gguf(
             f"{path} holds a {what}; a model of one of these can be read: {kinds}.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
-    architecture = ARCHITECTURES[model_type]
-    names = {tensor.name: to_mlx_name(architecture, tensor.name) for tensor in reader.tensors}
-    unknown = [name for name, mlx_name in names.items() if mlx_name is None and name not in SETTING_TENSORS]
+    config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
+    names = {to_gguf_name(ARCHITECTURES[model_type], name): name for name in text_model(model_type, config)[1]}
+    unknown = [t.name for t in reader.tensors if t.name not in names and t.name not in SETTING_TENSORS]
     if unknown:
         raise ModelError(
             f"{path}: {len(unknown)} tensors have no place in a {model_type} model: {', '.join(unknown[:8])}.",
             "The file may be of a newer variant; give the original model's folder or Hub name instead.",
         )
-    config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
     tokenizer, tokenizer_config = read_tokenizer(fields)
     eos = eos_token_ids(fields)
     config["eos_token_id"] = eos[0] if len(eos) == 1 else eos
@@ -85,7 +85,7 @@ def import_gguf(
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
     with written_whole(folder, folder=True) as beside:
-        modules = _write_weights(reader.tensors, names, architecture, config, dtype, beside, progress)
+        modules = _write_weights(reader.tensors, names, config, dtype, beside, progress)
         if modules:
             usual = Counter(modules.values()).most_common(1)[0][0]
             config["quantization"] = {"group_size": GROUP, "bits": usual, "mode": "affine"} | {
@@ -106,7 +106,7 @@ def import_gguf(
         name=fields.get("general.name", path.stem),
         tensors=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
         kept_quantized=len(modules),
-        parameters=sum(int(t.n_elements) for t in reader.tensors if names[t.name]),
+        parameters=sum(int(t.n_elements) for t in reader.tensors if t.name in names),
     )
 
 
@@ -121,8 +121,7 @@ def _open(path: Path) -> Any:
 
 def _write_weights(
     tensors: list[Any],
-    names: dict[str, str | None],
-    architecture: Architecture,
+    names: Mapping[str | None, str],
     config: dict[str, Any],
     dtype: ImportDtype,
     folder: Path,
@@ -134,26 +133,21 @@ def _write_weights(
     modules: dict[str, int] = {}
     total = 0
 
-    def flush() -> None:
-        mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, metadata={"format": "mlx"})
-        shards.append(sorted(shard))
-        shard.clear()
-
     # how many shards there will be is known only at the end, so they get their names then
     for done, tensor in enumerate(tensors):
-        name = names[tensor.name]
+        name = names.get(tensor.name)
         if name is not None:
-            for key, array in _convert(tensor, name, architecture, config, dtype):
+            for key, array in _convert(tensor, name, config, dtype):
                 shard[key] = array
                 total += array.nbytes
                 if key.endswith(".scales"):
                     modules[key.removesuffix(".scales")] = BITS[tensor.tensor_type.name]
-            if sum(array.nbytes for array in shard.values()) >= SHARD_BYTES:
-                flush()
+        if shard and (done + 1 == len(tensors) or sum(array.nbytes for array in shard.values()) >= SHARD_BYTES):
+            mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, metadata={"format": "mlx"})
+            shards.append(sorted(shard))
+            shard = {}
         if progress:
             progress(done + 1, len(tensors))
-    if shard:
-        flush()
     weight_map: dict[str, str] = {}
     for i, keys in enumerate(shards):
         file = "model.safetensors" if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
@@ -164,10 +158,9 @@ def _write_weights(
     return modules
 
 
-def _convert(
-    tensor: Any, name: str, architecture: Architecture, config: dict[str, Any], dtype: ImportDtype
-) -> Iterator[tuple[str, mx.array]]:
+def _convert(tensor: Any, name: str, config: dict[str, Any], dtype: ImportDtype) -> Iterator[tuple[str, mx.array]]:
     """The arrays of one tensor: itself, or weight, scales and biases."""
+    architecture = ARCHITECTURES[config["model_type"]]
     kind = tensor.tensor_type.name
     raw = tensor.data
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

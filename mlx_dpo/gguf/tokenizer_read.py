@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.pretokenizers import DIGITS, GPT2, Pretokenizer, pretokenizer_named
@@ -26,8 +31,15 @@ def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
             f"The file's tokenizer is of the kind {kind!r}; those that can be read are {', '.join(builders)}.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
-    tokenizer, add_bos = builders[kind](fields)
-    tokens = fields["tokenizer.ggml.tokens"]
+    built, add_bos = builders[kind](fields)
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    built.add_tokens(
+        [
+            AddedToken(token, special=kind == CONTROL, normalized=False)
+            for token, kind in zip(tokens, types, strict=True)
+            if kind in (CONTROL, USER_DEFINED)
+        ]
+    )
     special = {
         key: tokens[fields[f"tokenizer.ggml.{name}_token_id"]]
         for key, name in SPECIAL.items()
@@ -35,7 +47,9 @@ def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     }
     add_bos = bool(fields.get("tokenizer.ggml.add_bos_token", add_bos)) and "bos_token" in special
     if add_bos:
-        tokenizer["post_processor"] = _prefixed(special["bos_token"], fields["tokenizer.ggml.bos_token_id"])
+        bos, bos_id = special["bos_token"], int(fields["tokenizer.ggml.bos_token_id"])
+        built.post_processor = TemplateProcessing([bos, "$A"], [bos, "$A", f"{bos}:1", "$B:1"], [(bos, bos_id)])
+    tokenizer = json.loads(built.to_str())
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -64,7 +78,7 @@ def eos_token_ids(fields: Mapping[str, Any]) -> list[int]:
     return list(dict.fromkeys([int(i) for i in named if i is not None] + known))
 
 
-def _byte_level(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def _byte_level(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     name = fields.get("tokenizer.ggml.pre", "default")
     cut = pretokenizer_named(name)
     if cut is None:
@@ -72,50 +86,43 @@ def _byte_level(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
             f"The file's pre-tokenizer {name!r} (tokenizer.ggml.pre) is unknown here; another would cut words wrongly.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
-    tokenizer = _bpe(
-        fields,
-        normalizer={"type": "NFC"} if cut.nfc else None,
-        pre_tokenizer={"type": "Sequence", "pretokenizers": _steps(cut)},
-        decoder={"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        ignore_merges=cut.ignore_merges,
-        merges=[merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"]],
-    )
+    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(BPE(_vocab(fields), merges, ignore_merges=cut.ignore_merges))
+    if cut.nfc:
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_steps(cut))
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, cut.add_bos
 
 
-def _steps(cut: Pretokenizer) -> list[dict[str, Any]]:
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
-    named = {DIGITS: {"type": "Digits", "individual_digits": True}, GPT2: byte_level | {"use_regex": True}}
-    steps = [
-        named.get(step) or {"type": "Split", "pattern": {"Regex": step}, "behavior": "Isolated", "invert": False}
-        for step in cut.steps
-    ]
-    return steps if cut.steps[-1] == GPT2 else [*steps, byte_level | {"use_regex": False}]
+def _steps(cut: Pretokenizer) -> list[pre_tokenizers.PreTokenizer]:
+    named = {
+        DIGITS: pre_tokenizers.Digits(individual_digits=True),
+        GPT2: pre_tokenizers.ByteLevel(add_prefix_space=False),
+    }
+    steps = [named.get(step) or pre_tokenizers.Split(Regex(step), "isolated") for step in cut.steps]
+    encode = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return steps if cut.steps[-1] == GPT2 else [*steps, encode]
 
 
-def _byte_fallback(fields: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+def _byte_fallback(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
     tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
     vocab = _vocab(fields)
-    prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-    prepend = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": SPACE}, replace]}
-    back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
-    decoders = [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *([strip] if prefix else [])]
-    tokenizer = _bpe(
-        fields,
-        normalizer=prepend if prefix else replace,
-        pre_tokenizer=None,
-        decoder={"type": "Sequence", "decoders": decoders},
-        unk_token=tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)],
-        fuse_unk=True,
-        byte_fallback=True,
-        merges=merges_of_scores(vocab, {piece: scores[i] for piece, i in vocab.items()}),
-    )
+    unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
+    merges = merges_of_scores(vocab, {piece: scores[i] for piece, i in vocab.items()})
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    replace = normalizers.Replace(" ", SPACE)
+    back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if fields.get("tokenizer.ggml.add_space_prefix", True):
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replace])
+        back.append(decoders.Strip(" ", 1, 0))
+    else:
+        tokenizer.normalizer = replace
+    tokenizer.decoder = decoders.Sequence(back)
     return tokenizer, True
 
 
-def merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[list[str]]:
+def merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:
     """Merges, best first, that byte-pair encoding needs to do what sentencepiece does with scores.
 
     A merge makes a piece of two pieces of the vocabulary; it is as good as the piece's score, and between merges that
@@ -125,51 +132,10 @@ def merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> l
     for piece in sorted(vocab, key=lambda piece: (-scores[piece], vocab[piece])):
         splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
         known = [(left, right) for left, right in splits if left in vocab and right in vocab]
-        merges += [[left, right] for left, right in sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))]
+        merges += sorted(known, key=lambda pair: (vocab[pair[0]], vocab[pair[1]]))
     return merges
-
-
-def _bpe(
-    fields: Mapping[str, Any], *, normalizer: Any, pre_tokenizer: Any, decoder: dict[str, Any], **model: Any
-) -> dict[str, Any]:
-    """tokenizer.json of a byte-pair encoding; `model` is what it has besides the defaults."""
-    plain = {"dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    flags = {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
-    return {
-        "version": "1.0",
-        "truncation": None,
-        "padding": None,
-        "added_tokens": _added_tokens(fields),
-        "normalizer": normalizer,
-        "pre_tokenizer": pre_tokenizer,
-        "post_processor": None,
-        "decoder": decoder,
-        "model": {"type": "BPE"} | plain | flags | {"vocab": _vocab(fields)} | model,
-    }
 
 
 def _vocab(fields: Mapping[str, Any]) -> dict[str, int]:
     tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     return {token: i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != UNUSED}
-
-
-def _added_tokens(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
-    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
-    plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return [
-        {"id": i, "content": token, **plain, "special": kind == CONTROL}
-        for i, (token, kind) in enumerate(zip(tokens, types, strict=True))
-        if kind in (CONTROL, USER_DEFINED)
-    ]
-
-
-def _prefixed(bos: str, bos_id: int) -> dict[str, Any]:
-    def sequence(name: str, type_id: int) -> list[dict[str, Any]]:
-        return [{"SpecialToken": {"id": bos, "type_id": type_id}}, {"Sequence": {"id": name, "type_id": type_id}}]
-
-    return {
-        "type": "TemplateProcessing",
-        "single": sequence("A", 0),
-        "pair": sequence("A", 0) + sequence("B", 1),
-        "special_tokens": {bos: {"id": bos, "ids": [int(bos_id)], "tokens": [bos]}},
-    }

@@ -41,7 +41,8 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
         prefix = _space_prefix(folder, tokenizer)
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
-        scores = scores_of_merges(_merges(model))
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
+        scores = scores_of_merges(merges)
         writer.add_token_scores([scores.get(piece, NEVER_MERGED) for piece in pieces])
         writer.add_add_space_prefix(prefix)
         if prefix and (tokenizer.get("pre_tokenizer") or {}).get("prepend_scheme") == "first":
@@ -121,15 +122,11 @@ def _pieces(tokenizer: dict[str, Any], tokens: dict[str, int], vocab_size: int) 
     return pieces, types
 
 
-def _merges(model: dict[str, Any]) -> list[list[str]]:
-    return [merge.split(" ", 1) if isinstance(merge, str) else merge for merge in model["merges"]]
-
-
 def _steps(folder: Path, step: dict[str, Any] | None) -> list[str]:
     """The expressions by which a pre-tokenizer cuts, in order, in the terms of `PRETOKENIZERS`."""
-    kind = step["type"] if step else None
     if step is None:
         return []
+    kind = step["type"]
     if kind == "Sequence":
         return [name for part in step["pretokenizers"] for name in _steps(folder, part)]
     if kind == "ByteLevel" and not step.get("add_prefix_space"):

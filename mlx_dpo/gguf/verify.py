@@ -11,7 +11,6 @@ import numpy as np
 
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import MlxDpoError
-from mlx_dpo.gguf.architectures import ARCHITECTURES
 from mlx_dpo.gguf.llamacpp import next_log_probs, open_llama_cpp
 from mlx_dpo.models import load as model
 from mlx_dpo.models import lora
@@ -22,14 +21,8 @@ LogProbs = Callable[[list[int]], np.ndarray]
 TOLERANCES = {"f32": 1e-3, "f16": 0.25, "bf16": 2.0, "q8_0": 2.0, "q4_1": 4.0}
 """By the type of the weights, in nats. Quantized weights make llama.cpp quantize what they are multiplied with too."""
 
-ROUNDING_OF_K_QUANTS = 4.0
 LIKELY = 200
 """How many of the likeliest tokens are compared at each position."""
-
-
-def tolerance_for(kind: str, model_type: str) -> float:
-    """The largest difference of a log-prob to expect, in nats, for a file of `kind` (`f16`, `q4_k_m`, …) of a model."""
-    return TOLERANCES.get(kind, ROUNDING_OF_K_QUANTS) + ARCHITECTURES[model_type].own_rounding
 
 
 @dataclass(frozen=True, kw_only=True)

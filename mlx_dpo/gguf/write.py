@@ -17,9 +17,8 @@ import numpy as np
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.files import written_whole
 from mlx_dpo.gguf import OnTensor
-from mlx_dpo.gguf.adapter_read import LoraFolder, read_lora
 from mlx_dpo.gguf.architectures import to_gguf_name
-from mlx_dpo.gguf.base import Base, open_base
+from mlx_dpo.gguf.base import Base, LoraFolder, open_base, read_lora
 from mlx_dpo.gguf.blocks import GROUP, exact_kind, interleave_rope, pack_blocks, unpack_affine
 from mlx_dpo.gguf.config_write import write_config
 from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
@@ -63,7 +62,6 @@ def export_adapter_gguf(
     adapter_folder: str | Path,
     out: str | Path,
     dtype: AdapterType = "f32",
-    progress: OnTensor | None = None,
 ) -> ExportReport:
     """Write an mlx-lm adapter as a GGUF file for `llama.cpp --lora`, beside a GGUF file of the same base.
 
@@ -75,16 +73,18 @@ def export_adapter_gguf(
     kind = dtype.upper()
     planned = []
     for module in adapter.modules:
-        name = to_gguf_name(base.architecture, f"{module}.weight")
-        for half, matrix in zip("ab", adapter.matrices(module), strict=True):
-            make = partial(_low_rank, base, adapter, module, half, kind)
-            planned.append(Planned(f"{name}.lora_{half}", matrix.shape, kind, make))
+        name = f"{module}.weight"
+        a, b = adapter.matrices(module)
+        # ggml computes B (A x) as it stands: only B has the base's rows, so only B's rows are put in its order
+        for half, matrix in (("a", a), ("b", _in_ggml_order(base, name, b))):
+            theirs = f"{to_gguf_name(base.architecture, name)}.lora_{half}"
+            planned.append(Planned(theirs, matrix.shape, kind, partial(_encode, matrix, kind)))
     with _writer(Path(out), base.architecture.gguf) as writer:
         writer.add_type("adapter")
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", adapter.scale * adapter.rank)
         writer.add_name(f"{base.folder.name} adapter")
-        _write(writer, planned, progress)
+        _write(writer, planned)
     return _report(Path(out), planned, adapter)
 
 
@@ -181,12 +181,6 @@ def _repacked(base: Base, name: str, kind: str) -> np.ndarray:
     return _in_ggml_order(base, name, pack_blocks(q, *_scales(base, name), kind))
 
 
-def _low_rank(base: Base, adapter: LoraFolder, module: str, half: str, kind: str) -> np.ndarray:
-    a, b = adapter.matrices(module)
-    # ggml computes B (A x) as it stands: only B has the base's rows, so only B's rows are put in its order
-    return _encode(a if half == "a" else _in_ggml_order(base, f"{module}.weight", b), kind)
-
-
 def _encode(values: np.ndarray, kind: str) -> np.ndarray:
     return gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
 
@@ -205,7 +199,7 @@ def _writer(out: Path, architecture: str) -> Iterator[Any]:
             writer.close()
 
 
-def _write(writer: Any, planned: list[Planned], on_tensor: OnTensor | None) -> None:
+def _write(writer: Any, planned: list[Planned], on_tensor: OnTensor | None = None) -> None:
     """Write settings and tensors. All sizes stand at the head of the file, so the tensors can be made one at a time."""
     for tensor in planned:
         kind = gguf.GGMLQuantizationType[tensor.kind]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,16 +37,12 @@ class Adapter:
 
     def to_json(self, base: str) -> dict[str, Any]:
         """The content of `adapter_config.json`, as `mlx_lm.generate --adapter-path` wants it."""
+        parameters = {"rank": self.rank, "scale": self.scale, "dropout": self.dropout, "keys": list(self.keys)}
         return {
             "fine_tune_type": self.fine_tune_type,
             "model": base,
             "num_layers": self.num_layers,
-            "lora_parameters": {
-                "rank": self.rank,
-                "scale": self.scale,
-                "dropout": self.dropout,
-                "keys": list(self.keys),
-            },
+            "lora_parameters": parameters,
         }
 
 
@@ -84,7 +81,7 @@ def load(model: nn.Module, folder: str | Path, *, dropout: float = 0.0) -> Adapt
         _attach(model, Adapter(**{**vars(adapter), "dropout": dropout}))
     except (ValueError, KeyError) as error:
         raise ModelError(f"the adapter in {folder} does not fit this model: {error}") from error
-    given = {_module(name) for name in weights}
+    given = {name.rsplit(".", 1)[0] for name in weights}
     # a layer that the file leaves alone, though others of its name are adapted, must not get a random A to train
     _take_off(model, [(path, layer) for path, layer in adapted_layers(model) if path not in given])
     _assign(model, weights, folder)
@@ -173,22 +170,12 @@ def _to_adapter(folder: Path, settings: dict[str, Any], weights: dict[str, mx.ar
         )
     try:
         given = settings["lora_parameters"]
-        keys = given.get("keys") or dict.fromkeys(_layer_relative(name) for name in weights)
+        modules = (name.rsplit(".", 1)[0] for name in weights)  # model.layers.3.self_attn.q_proj → self_attn.q_proj
+        keys = given.get("keys") or dict.fromkeys(re.sub(r"^.*?\.layers\.\d+\.", "", name) for name in modules)
         rank, scale, dropout = int(given["rank"]), float(given["scale"]), float(given.get("dropout", 0))
         return Adapter(rank, scale, dropout, int(settings["num_layers"]), tuple(keys), kind)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ModelError(f"{folder / 'adapter_config.json'} lacks what mlx-lm writes there: {error!r}") from error
-
-
-def _module(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.lora_a` → `model.layers.3.self_attn.q_proj`."""
-    return name.rsplit(".", 1)[0]
-
-
-def _layer_relative(name: str) -> str:
-    """`model.layers.3.self_attn.q_proj.lora_a` → `self_attn.q_proj`."""
-    module = _module(name)
-    return module.split(".layers.", 1)[1].split(".", 1)[1] if ".layers." in module else module
 
 
 def _assign(model: nn.Module, weights: dict[str, mx.array], folder: Path) -> None:

@@ -62,13 +62,11 @@ def read_peft(
         weights[f"{place}.lora_b"] = mx.pad(parts["lora_B"].T * (scales[name] / scale), [(0, missing), (0, 0)])
         if "lora_magnitude_vector" in parts:
             weights[f"{place}.m"] = parts["lora_magnitude_vector"].reshape(-1)
-    keys = list(dict.fromkeys(re.sub(r"^.*\.layers\.\d+\.", "", name.rsplit(".", 1)[0]) for name in weights))
     depths = [int(found.group(1)) for name in weights if (found := re.search(r"\.layers\.(\d+)\.", name))]
-    dropout = float(settings.get("lora_dropout") or 0)
     return {
         "fine_tune_type": "dora" if settings.get("use_dora") else "lora",
         "num_layers": blocks - min(depths, default=blocks - 1),
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": dropout, "keys": keys},
+        "lora_parameters": {"rank": rank, "scale": scale, "dropout": settings.get("lora_dropout") or 0},
     }, weights
 
 

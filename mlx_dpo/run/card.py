@@ -39,12 +39,7 @@ def card_along(adapter: str | Path, into: Path, *, fused: bool, on_event: OnEven
 
 
 def write_card(run_folder: str | Path, into: Path | None = None, *, fused: bool = False) -> Path:
-    """Writes the card of a run as README.md into its folder, or `into` another one; `fused` where that is a model.
-
-    Raises:
-        RunError: the folder is no run's.
-        UsageError: its config.yaml cannot be read.
-    """
+    """Writes the card of a run as README.md into its folder, or `into` another one; raises as `model_card`."""
     target = (into or Path(run_folder)) / "README.md"
     text = model_card(Path(run_folder), fused=fused)
     with written_whole(target) as beside:
@@ -129,11 +124,8 @@ def _results(config: RunConfig, lines: list[dict[str, Any]]) -> str:
 
 
 def _usage(name: str, base: str | None, fused: bool) -> str:
-    if fused:
-        command = f'mlx_lm.generate --model {name} --prompt "…"'
-    else:
-        command = f'mlx_lm.generate --model {base or "BASE"} --adapter-path {name} --prompt "…"'
-    return f"## Use\n\n```sh\n{command}\n```"
+    model = name if fused else f"{base or 'BASE'} --adapter-path {name}"
+    return f'## Use\n\n```sh\nmlx_lm.generate --model {model} --prompt "…"\n```'
 
 
 def _training(config: RunConfig, lines: list[dict[str, Any]]) -> str:

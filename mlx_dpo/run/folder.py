@@ -21,16 +21,9 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-
-    @property
-    def config(self) -> Path:
-        """The resolved settings, enough to run again."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object a report or evaluation: the one source for pictures, trackers and pages."""
-        return self.path / "metrics.jsonl"
+        self.config = path / "config.yaml"  # the resolved settings, enough to run again
+        # one JSON object a report or evaluation: the one source for pictures, trackers and pages
+        self.metrics = path / "metrics.jsonl"
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the whole training state after `step` optimizer steps."""

@@ -11,7 +11,7 @@ import pytest
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import ModelError
-from mlx_dpo.export.verify import compare_logps, first_rows, verify_folder, verify_gguf
+from mlx_dpo.export.verify import Trained, compare_logps, first_rows, verify_folder, verify_gguf
 from mlx_dpo.gguf.llamacpp import runtime_installed
 from mlx_dpo.gguf.write import export_model_gguf
 from mlx_dpo.models.load import load
@@ -61,20 +61,20 @@ def test_rounding_is_judged_by_what_the_adapter_makes() -> None:
 def test_another_adapter_is_no_export_of_this_one(tiny_llama: Path, tmp_path: Path) -> None:
     mine = write_adapter(tiny_llama, tmp_path / "mine")
     other = write_adapter(tiny_llama, tmp_path / "other", size=0.06)
-    trained = ModelConfig(path=str(tiny_llama), adapter=str(mine))
     data = DataConfig(path=str(write_pairs(tmp_path / "pairs.jsonl", PAIRS[:2])))
-    assert verify_folder(trained, tiny_llama, adapter=mine, exact=True, data=data).holds
+    trained = Trained(ModelConfig(path=str(tiny_llama), adapter=str(mine)), data)
+    assert verify_folder(trained, tiny_llama, adapter=mine, exact=True).holds
     with pytest.raises(ModelError, match="the export is not what was trained"):
-        verify_folder(trained, tiny_llama, adapter=other, exact=True, data=data)
+        verify_folder(trained, tiny_llama, adapter=other, exact=True)
     with pytest.raises(ModelError, match="the export is not what was trained"):
-        verify_folder(trained, tiny_llama, exact=True, data=data)
+        verify_folder(trained, tiny_llama, exact=True)
 
 
 def test_without_data_the_packages_own_rows_are_taken(tiny_llama: Path, tmp_path: Path) -> None:
     adapter = write_adapter(tiny_llama, tmp_path / "adapter")
-    trained = ModelConfig(path=str(tiny_llama), adapter=str(adapter))
-    assert verify_folder(trained, tiny_llama, adapter=adapter, exact=True, rows=2).rows == 2
-    assert len(first_rows(None, 3, load(trained).tokenizer)) == 3
+    trained = Trained(ModelConfig(path=str(tiny_llama), adapter=str(adapter)), rows=2)
+    assert verify_folder(trained, tiny_llama, adapter=adapter, exact=True).rows == 2
+    assert len(first_rows(replace(trained, rows=3), load(trained.model).tokenizer)) == 3
 
 
 def test_llama_cpp_computes_what_was_trained(tiny_llama: Path, tmp_path: Path) -> None:
@@ -84,9 +84,10 @@ def test_llama_cpp_computes_what_was_trained(tiny_llama: Path, tmp_path: Path) -
     adapter = write_adapter(tiny_llama, tmp_path / "adapter")
     export_model_gguf(tiny_llama, adapter, tmp_path / "fused.gguf", "f32")
     data = DataConfig(path=str(write_pairs(tmp_path / "pairs.jsonl", PAIRS[:2])))
-    trained = ModelConfig(path=str(tiny_llama), adapter=str(adapter))
-    report = verify_gguf(trained, tmp_path / "fused.gguf", "f32", data=data)
+    trained = Trained(ModelConfig(path=str(tiny_llama), adapter=str(adapter)), data, rows=4)
+    report = verify_gguf(trained, tmp_path / "fused.gguf", "f32")
     assert report.largest < 1e-3
     with pytest.raises(Exception, match=r"llama\.cpp differs from MLX"):
         other = write_adapter(tiny_llama, tmp_path / "other", size=0.1)
-        verify_gguf(replace(trained, adapter=str(other)), tmp_path / "fused.gguf", "f32", data=data)
+        changed = replace(trained, model=replace(trained.model, adapter=str(other)))
+        verify_gguf(changed, tmp_path / "fused.gguf", "f32")

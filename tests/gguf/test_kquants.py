@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dpo.errors import MlxDpoError, UsageError
-from mlx_dpo.gguf.kquants import quantize_gguf
+from mlx_dpo.gguf.llamacpp import quantize_gguf
 
 
 def test_k_quants_without_llama_cpp_name_the_exact_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

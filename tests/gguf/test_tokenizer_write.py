@@ -206,7 +206,7 @@ def test_scores_say_which_merge_comes_first() -> None:
     assert scores == {"ab": 0.0, "bc": -1.0, "abc": -2.0}  # abc is first made by the third merge
     vocab = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5}
     again = merges_of_scores(vocab, {piece: scores.get(piece, -9.0) for piece in vocab})
-    assert again == [["a", "b"], ["b", "c"], ["a", "bc"], ["ab", "c"]]
+    assert again == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c")]
 
 
 def test_a_pretokenizer_that_is_not_known_is_refused_with_what_was_found(tmp_path: Path) -> None:
