@@ -15,7 +15,7 @@ from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, eval
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import accepted_kinds, needs_reference, reads_mismatched, row_kind
+from mlx_dpo.losses.mix import accepted_kinds, needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load, read_weights
 from mlx_dpo.reference.choose import (

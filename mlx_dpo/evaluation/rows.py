@@ -13,8 +13,8 @@ from mlx_dpo.data.batching import Batch, by_length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.events import OnEvent, Progressed, ignore
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import batch_loss
 from mlx_dpo.losses.metrics import Sums, averages, ranked_accuracy, wilson_interval
+from mlx_dpo.losses.objective import batch_loss
 from mlx_dpo.reference import store
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.types import Kind, TokenLogps

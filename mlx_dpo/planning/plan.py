@@ -12,7 +12,7 @@ from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.data.tokenize import truncate
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
-from mlx_dpo.losses import row_separable
+from mlx_dpo.losses.mix import mean_over
 from mlx_dpo.models.lora import LEAVES
 from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
@@ -111,7 +111,7 @@ def alternatives(config: RunConfig) -> Iterator[RunConfig]:
     """
     train = config.train
     cuts = [train]
-    if row_separable(config.loss):
+    if mean_over(config.loss) != "batch":
         sizes = [size for size in range(train.batch_size - 1, 0, -1) if train.batch_size % size == 0]
         rows = train.batch_size * train.grad_accumulation_steps
         cuts += [replace(train, batch_size=n, grad_accumulation_steps=rows // n) for n in sizes]

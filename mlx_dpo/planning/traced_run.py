@@ -24,7 +24,8 @@ from mlx_dpo.logprobs.activation_cache import ActivationCache, cached_tokens
 from mlx_dpo.logprobs.buckets import Bucket
 from mlx_dpo.logprobs.check import fallbacks, two_short
 from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer, plain_logps, wanted_stats
-from mlx_dpo.losses import batch_loss, needs_reference
+from mlx_dpo.losses.mix import needs_reference
+from mlx_dpo.losses.objective import batch_loss
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.batch_shape import BatchShape, batch_shape
 from mlx_dpo.planning.graph import Graph, as_checkpointed, trace, traceable_checkpoint

@@ -19,8 +19,9 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.evaluation.rows import evaluate_rows
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.logprobs.scorer import wanted_stats
-from mlx_dpo.losses import batch_loss, batch_weight, check_loss_config
 from mlx_dpo.losses.metrics import Sums, averages
+from mlx_dpo.losses.mix import check_loss_config
+from mlx_dpo.losses.objective import batch_loss, batch_weight
 from mlx_dpo.planning.machine import own_limits
 from mlx_dpo.reference import store
 from mlx_dpo.reference.tr_dpo import MovingReference
