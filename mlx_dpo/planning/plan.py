@@ -104,7 +104,7 @@ def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
 
 
 def alternatives(config: RunConfig) -> Iterator[RunConfig]:
-    """Other settings with the same mathematics that need less memory, the faster ones first.
+    """The settings, then others with the same mathematics that need less memory, the faster ones first.
 
     Rows of an optimizer step stay together, in more and smaller micro-batches where the loss is a mean over rows;
     checkpointing computes activations twice. Losses whose rows depend on each other keep their micro-batch.
@@ -115,16 +115,13 @@ def alternatives(config: RunConfig) -> Iterator[RunConfig]:
         sizes = [size for size in range(train.batch_size - 1, 0, -1) if train.batch_size % size == 0]
         rows = train.batch_size * train.grad_accumulation_steps
         cuts += [replace(train, batch_size=n, grad_accumulation_steps=rows // n) for n in sizes]
-    for checkpoint in (False, True):
-        for cut in cuts:
-            changed = replace(cut, grad_checkpoint=checkpoint or train.grad_checkpoint)
-            if changed != train:
-                yield replace(config, train=changed)
+    for checkpoint in dict.fromkeys((train.grad_checkpoint, True)):
+        yield from (replace(config, train=replace(cut, grad_checkpoint=checkpoint)) for cut in cuts)
 
 
 def lesser(config: RunConfig) -> Iterator[RunConfig]:
     """Settings that need less memory and train something else, with as little memory as the same mathematics allow."""
-    *_, least = [config, *alternatives(config)]
+    *_, least = alternatives(config)
     for layers in (16, 8, 4):
         if config.lora.num_layers == -1 or layers < config.lora.num_layers:
             yield replace(least, lora=replace(least.lora, num_layers=layers))
@@ -135,8 +132,7 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
 
 def choose_settings(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
     """The run as asked or, with `train.auto`, with the same mathematics in so little memory that it fits."""
-    config = spec.config
-    if config.train.auto and (found := fit(spec, machine, [config, *alternatives(config)])):
+    if spec.config.train.auto and (found := fit(spec, machine, alternatives(spec.config))):
         return found
     return spec, foresee(spec, machine)
 
@@ -181,7 +177,7 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
 def remedy(spec: RunSpec, machine: Machine) -> str:
     """What to change so that a run fits: with the same mathematics if that can be, else what comes nearest."""
     config = spec.config
-    if found := fit(spec, machine, [config, *alternatives(config)]):
+    if found := fit(spec, machine, alternatives(config)):
         changed, plan = found
         return f"{said(changed.config, config)} needs {in_gb(plan.peak)} and computes the same; --auto chooses that"
     if found := fit(spec, machine, lesser(config)):
