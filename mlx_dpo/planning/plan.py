@@ -18,7 +18,15 @@ from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
 from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
 from mlx_dpo.planning.peak_memory import IN_FLIGHT, peak_memory
-from mlx_dpo.planning.traced_run import RunSpec, TracedRun, trace_run, untraced_run
+from mlx_dpo.planning.traced_run import (
+    UPDATE,
+    CachedActivations,
+    Phase,
+    RunSpec,
+    TracedRun,
+    persistent_memory,
+    trace_run,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
         run = _trace_run(spec, notes)
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
-        run = untraced_run(spec)
+        memory = persistent_memory(spec)
+        phase = Phase(memory, UPDATE * memory["adapter"])  # the one that needs no graph
+        run = TracedRun({"the update": phase}, None, spec.config.speed, CachedActivations(0, "nowhere"))
 
     on_gpu = mx.default_device() == mx.gpu
     in_flight = IN_FLIGHT["gpu" if on_gpu else "cpu"]

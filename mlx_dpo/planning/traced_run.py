@@ -110,13 +110,6 @@ def persistent_memory(spec: RunSpec) -> dict[str, int]:
     return {"weights": weights, "adapter": adapter, "optimizer": nbytes(optimizer.state)}
 
 
-def untraced_run(spec: RunSpec) -> TracedRun:
-    """What can be said of a run whose model cannot be traced: the phases that need no graph."""
-    parts = persistent_memory(spec)
-    phases = {"the update": Phase(parts, UPDATE * parts["adapter"])}
-    return TracedRun(phases, None, spec.config.speed, CachedActivations(0, "nowhere"))
-
-
 def trace_run(spec: RunSpec) -> TracedRun:
     """The phases of a run that may need the most memory, each with the graph of what it computes.
 
@@ -280,9 +273,5 @@ def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
 
 def _plain_gradient(model: nn.Module, batch: Batch) -> Graph:
     """The plain path's gradient, with which the optimizations are compared before the first step."""
-
-    def step() -> list[mx.array]:
-        _, gradients = nn.value_and_grad(model, lambda model: plain_logps(model, batch).logps.sum())(model)
-        return list(flat(gradients).values())
-
-    return _trace_model(model, step)[0]
+    gradient_of = nn.value_and_grad(model, lambda model: plain_logps(model, batch).logps.sum())
+    return _trace_model(model, lambda: list(flat(gradient_of(model)[1]).values()))[0]
