@@ -117,11 +117,6 @@ def ranking_to_pairs(record: Ranking) -> list[PreferencePair]:
     return pairs(record, record.responses, [-rank for rank in record.ranks])
 
 
-def pair_to_ranking(record: PreferencePair) -> list[Ranking]:
-    """A pair as the ranking of its two answers."""
-    return [ranking(record, record.completions, (1.0, 0.0))]
-
-
 def pair_to_unpaired(record: PreferencePair) -> list[Unpaired]:
     """A pair as two judged answers: chosen good, rejected bad."""
     return [
@@ -130,22 +125,18 @@ def pair_to_unpaired(record: PreferencePair) -> list[Unpaired]:
     ]
 
 
-def best_to_demonstration(record: PreferencePair | Ranking) -> list[Demonstration]:
-    """The preferred answer as one to imitate."""
-    return [Demonstration(**about_prompt(record), completion=record.completions[0])]
-
-
-def good_to_demonstration(record: Unpaired) -> list[Demonstration]:
-    """A good answer as one to imitate; a bad one gives nothing."""
-    return [Demonstration(**about_prompt(record), completion=record.completion)] if record.label else []
+def to_demonstration(record: PreferencePair | Ranking | Unpaired) -> list[Demonstration]:
+    """The preferred answer, or the one that is judged good, as one to imitate; a bad one gives nothing."""
+    bad = isinstance(record, Unpaired) and not record.label
+    return [] if bad else [Demonstration(**about_prompt(record), completion=record.completions[0])]
 
 
 CONVERSIONS: dict[tuple[str, str], Callable[[Any], Sequence[Record]]] = {
     ("ranking", "pair"): ranking_to_pairs,
-    ("pair", "ranking"): pair_to_ranking,
+    ("pair", "ranking"): lambda pair: [ranking(pair, pair.completions, (1.0, 0.0))],
     ("pair", "unpaired"): pair_to_unpaired,
-    ("pair", "demonstration"): best_to_demonstration,
-    ("ranking", "demonstration"): best_to_demonstration,
-    ("unpaired", "demonstration"): good_to_demonstration,
+    ("pair", "demonstration"): to_demonstration,
+    ("ranking", "demonstration"): to_demonstration,
+    ("unpaired", "demonstration"): to_demonstration,
 }
 """(kind of the data, kind that is asked for) → the records that one record gives."""

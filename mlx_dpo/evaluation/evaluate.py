@@ -27,6 +27,7 @@ Split = Literal["auto", "train", "valid", "test"]
 such file: the rows that training holds out."""
 
 
+COUNTED = ("cut_rows", "cut_tokens", "lost_eos", "prompt_tokens", "completion_tokens")
 ACCURACY = ("rewards/accuracies", "accuracy_low", "accuracy_high")
 """What says nothing where the policy is the reference."""
 
@@ -81,20 +82,19 @@ def evaluate(
     if setup.is_reference:
         found = {name: value for name, value in found.items() if name not in ACCURACY}
     report = setup.report
-    return {
-        "model": model.path,
-        "adapter": model.adapter,
-        "data": data.path,
-        "objective": loss.type,
-        "reference": "none" if setup.ref_logps is None else reference_adapter or loss.reference,
-        "rows": report.kept,
-        "dropped": len(report.dropped),
-        "cut_rows": report.cut_rows,
-        "cut_tokens": report.cut_tokens,
-        "lost_eos": report.lost_eos,
-        "prompt_tokens": report.prompt_tokens,
-        "completion_tokens": report.completion_tokens,
-    } | found
+    return (
+        {
+            "model": model.path,
+            "adapter": model.adapter,
+            "data": data.path,
+            "objective": loss.type,
+            "reference": "none" if setup.ref_logps is None else reference_adapter or loss.reference,
+            "rows": report.kept,
+            "dropped": len(report.dropped),
+        }
+        | {name: getattr(report, name) for name in COUNTED}
+        | found
+    )
 
 
 def score(
@@ -148,9 +148,7 @@ def set_up(
     wanted = reference_adapter or loss.reference
     start = choose.started_from(model.adapter) if wanted == "start" else None
     reference = choose.reference_model(wanted, model, start) if needs_reference(loss) else None
-    records = load_to_judge(
-        data.path, kinds, split, valid_fraction=data.valid_fraction, seed=data.split_seed, on_event=on_event
-    )
+    records = load_to_judge(data, kinds, split, on_event)
     kind = cast(Kind, kind_of(records[0]))
     loaded = load(model, lazy=True)
     rows, report = encode_records(records, loaded.tokenizer, data)
