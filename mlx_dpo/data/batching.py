@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
-from typing import NamedTuple
+from math import ceil
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mlx_dpo.config import TrainConfig
 from mlx_dpo.data.tokenize import TokenizedRow
+from mlx_dpo.events import OnEvent, Progressed, ignore
 
 WINDOW = 32
 """Micro-batches that are sorted by length together: wide enough to pad little, narrow enough to stay random."""
@@ -39,42 +42,41 @@ class Batch(NamedTuple):
 
 def make_batch(rows: Sequence[TokenizedRow], row_indices: Sequence[int]) -> Batch:
     """Pads rows into arrays; `row_indices` are theirs in the data set."""
-    count, answers = len(rows), max(len(row.completions) for row in rows)
-    prompt = np.zeros((count, max(len(row.prompt) for row in rows)), np.int32)
-    longest = max(len(ids) for row in rows for ids in row.completions)
-    completion = np.zeros((count, answers, longest), np.int32)
-    completion_length = np.zeros((count, answers), np.int32)
-    mask = np.zeros((count, answers, longest), np.float32)
-    rank = np.zeros((count, answers), np.float32)
-    sequences: list[list[int]] = []
-    for r, row in enumerate(rows):
-        prompt[r, : len(row.prompt)] = row.prompt
-        for k in range(answers):
-            if k >= len(row.completions):
-                sequences.append([0])  # one token of padding: of none there would be no last position to index
-                continue
-            ids, context = row.completions[k], row.context(k)
-            completion[r, k, : len(ids)] = ids
-            completion_length[r, k] = len(ids)
-            mask[r, k, (0 if context else 1) : len(ids)] = 1
-            rank[r, k] = row.ranks[k]
-            sequences.append(context + ids)
-    tokens = np.zeros((len(sequences), max(map(len, sequences))), np.int32)
-    for s, sequence in enumerate(sequences):
-        tokens[s, : len(sequence)] = sequence
+    shape = len(rows), max(len(row.completions) for row in rows)
+    completions: list[list[int]] = []
+    contexts: list[list[int]] = []
+    for row in rows:
+        absent = shape[1] - len(row.completions)
+        completions += [*row.completions, *[[]] * absent]
+        # one token of padding in place of an absent answer: of none there would be no last position to index
+        contexts += [*(row.context(k) for k in range(len(row.completions))), *[[0]] * absent]
+    prompt, prompt_length = padded([row.prompt for row in rows])
+    completion, completion_length = padded(completions)
+    tokens, tokens_length = padded([context + ids for context, ids in zip(contexts, completions, strict=True)])
+    column, first = np.arange(completion.shape[1]), np.array([not context for context in contexts])
+    mask = (column >= first[:, None]) & (column < completion_length[:, None])
     return Batch(
         prompt=prompt,
-        prompt_length=np.array([len(row.prompt) for row in rows], np.int32),
-        completion=completion,
-        completion_length=completion_length,
+        prompt_length=prompt_length,
+        completion=completion.reshape(*shape, -1),
+        completion_length=completion_length.reshape(shape),
         tokens=tokens,
-        tokens_length=np.array([len(sequence) for sequence in sequences], np.int32),
-        mask=mask,
-        rank=rank,
+        tokens_length=tokens_length,
+        mask=mask.reshape(*shape, -1).astype(np.float32),
+        rank=padded([row.ranks for row in rows], np.float32)[0],
         label=np.array([row.label for row in rows], np.int32),
         index=np.array(row_indices, np.int32),
         shares_prompt=all(row.shares_prompt for row in rows),
     )
+
+
+def padded(rows: Sequence[Sequence[float]], dtype: Any = np.int32) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of numbers as one array, with zeros on the right of the shorter ones, and their lengths."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    array = np.zeros((len(rows), lengths.max()), dtype)
+    for line, row in zip(array, rows, strict=True):
+        line[: len(row)] = row
+    return array, lengths
 
 
 def length(row: TokenizedRow) -> int:
@@ -90,6 +92,26 @@ def own_length(row: TokenizedRow) -> int:
 def by_length(rows: Sequence[TokenizedRow], row_indices: Iterable[int]) -> list[int]:
     """`row_indices` in an order in which neighbours pad little: by number of answers, then by length."""
     return sorted(row_indices, key=lambda i: (len(rows[i].completions), length(rows[i])))
+
+
+def batches_by_length(
+    rows: Sequence[TokenizedRow],
+    batch_size: int,
+    row_indices: Iterable[int] | None = None,
+    *,
+    work: str = "",
+    on_event: OnEvent = ignore,
+) -> Iterator[Batch]:
+    """Batches that pad little, of the rows at `row_indices` (of all without them), for passes in any order.
+
+    `on_event` hears how much of the `work` on them is done.
+    """
+    order = by_length(rows, range(len(rows)) if row_indices is None else row_indices)
+    for start in range(0, len(order), batch_size):
+        on_event(Progressed(work, start, len(order), "rows"))
+        part = order[start : start + batch_size]
+        yield make_batch([rows[i] for i in part], part)
+    on_event(Progressed(work, len(order), len(order), "rows"))
 
 
 def mismatched(rows: Sequence[TokenizedRow], batches: Sequence[Sequence[int]]) -> list[TokenizedRow]:
@@ -139,3 +161,24 @@ def order_batches(
         batches += [part[i : i + batch_size] for i in range(0, len(part), batch_size)]
     random.shuffle(batches)
     return batches
+
+
+def epoch_batches(rows: Sequence[TokenizedRow], train: TrainConfig, epoch: int) -> list[list[int]]:
+    """The micro-batches of one epoch over the rows that a run trains on."""
+    return order_batches(rows, train.batch_size, seed=train.seed, epoch=epoch, shuffle=train.shuffle)
+
+
+def steps_of(rows: int, train: TrainConfig) -> tuple[int, int]:
+    """The optimizer steps of an epoch over so many rows, and of the run. The last of an epoch may be a smaller one."""
+    an_epoch = ceil(ceil(rows / train.batch_size) / train.grad_accumulation_steps)
+    return an_epoch, train.iters or ceil(train.epochs * an_epoch)
+
+
+def visited_batches(rows: Sequence[TokenizedRow], train: TrainConfig, epochs: int = 8) -> list[list[int]]:
+    """The micro-batches that a run comes to, as far as its first `epochs` have them; later ones have the same rows."""
+    an_epoch, total = steps_of(len(rows), train)
+    return [
+        batch
+        for epoch in range(min(epochs, ceil(total / an_epoch)))
+        for batch in epoch_batches(rows, train, epoch)[: (total - epoch * an_epoch) * train.grad_accumulation_steps]
+    ]

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from mlx_dpo.config import DataConfig
 from mlx_dpo.data.formats import accepted_shapes, parse_prompt, parse_row
 from mlx_dpo.data.records import KINDS, Context, Record, first_few, kind_of
 from mlx_dpo.data.signals import CONVERSIONS
@@ -45,25 +46,18 @@ def load_records(
     return _of_kind(_parsed(rows, parse_row), [kind] if kind else list(KINDS), on_event)
 
 
-def load_to_judge(
-    source: str | Path,
-    kinds: Sequence[str],
-    split: str,
-    *,
-    valid_fraction: float,
-    seed: int,
-    on_event: OnEvent = ignore,
-) -> list[Record]:
+def load_to_judge(data: DataConfig, kinds: Sequence[str], split: str, on_event: OnEvent = ignore) -> list[Record]:
     """The records of one split to judge a model by, all of one of the `kinds`; others are converted to the first.
 
     `split` auto is the test split, else the validation split, else all there is. Validation records of a source that
-    has none are those that `load_splits` holds out with the same `valid_fraction` and `seed`.
+    has none are those that `load_splits` holds out with the same `valid_fraction` and seed.
 
     The source is read once, split, kind and all: standard input is empty on a second reading.
 
     Raises:
         DataError: the source cannot be read, has no such split, or rows of it cannot be used.
     """
+    source = data.path
     rows = read_splits(source)
     if split == "auto":
         split = next(name for name in ("test", "valid", "train") if name in rows)
@@ -71,7 +65,7 @@ def load_to_judge(
     parsed = _parsed(one_split(source, rows, "train" if held_out else split), parse_row)
     records = _of_kind(parsed, kinds, on_event)
     if held_out:
-        _, records = hold_out(records, valid_fraction, seed)
+        _, records = hold_out(records, data.valid_fraction, data.split_seed)
         if not records:
             raise DataError(
                 f"{source} has no validation rows: none of its {len(parsed)} rows is held out",

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from itertools import pairwise
 from typing import Any
 
 from mlx_dpo.data.records import Context, Demonstration, PreferencePair, Ranking, Record, Text, Unpaired
@@ -82,57 +81,19 @@ def signal(name: str) -> Signal:
     return SIGNALS[name]
 
 
-IndexPairs = list[tuple[int, int]]
-"""(index of the chosen, index of the rejected) among the answers to one prompt."""
-
-
-def best_worst(scores: Sequence[float]) -> IndexPairs:
-    """The best answer over the worst; the first of several that score the same."""
-    indices = range(len(scores))
-    return [(max(indices, key=scores.__getitem__), min(indices, key=scores.__getitem__))] if scores else []
-
-
-def all_pairs(scores: Sequence[float]) -> IndexPairs:
-    """Every answer over every other that scores less: K (K - 1) / 2 pairs where nothing ties."""
-    return [(i, j) for i, better in enumerate(scores) for j, worse in enumerate(scores) if better > worse]
-
-
-def adjacent(scores: Sequence[float]) -> IndexPairs:
-    """Each answer over the next one down: K - 1 pairs where nothing ties."""
-    return list(pairwise(_best_first(scores)))
-
-
-PAIRINGS: dict[str, Callable[[Sequence[float]], IndexPairs]] = {
-    "best_worst": best_worst,
-    "all_pairs": all_pairs,
-    "adjacent": adjacent,
-}
-"""Which of the K answers to one prompt are compared, by their scores."""
-
-
 def pairs(
-    context: Context,
-    answers: Sequence[Text],
-    scores: Sequence[float],
-    *,
-    pairing: str = "best_worst",
-    margin: float = 0.0,
-    cap: int | None = None,
+    context: Context, answers: Sequence[Text], scores: Sequence[float], *, margin: float = 0.0
 ) -> list[PreferencePair]:
-    """Preference pairs from answers to one prompt and their scores (higher is better).
+    """Of answers to one prompt the best over the worst by their scores (higher is better), as no pair or one.
 
-    Ties give no pair, nor do scores that differ by less than `margin`. Above `cap` pairs the clearest are kept; among
-    equally clear ones those that spread over different answers.
+    Ties give none, nor do scores that differ by less than `margin`; of several that score the same the first counts.
     """
-    gap = {(i, j): scores[i] - scores[j] for i, j in PAIRINGS[pairing](scores)}
-    clear = [pair for pair in gap if gap[pair] > 0 and gap[pair] >= margin]
-    # Neighbours first among equals: by index alone answer 1 would stand in every pair that is kept.
-    kept = sorted(clear, key=lambda pair: (-gap[pair], abs(pair[0] - pair[1]), pair))[:cap]
-    suffix = (lambda i, j: "") if pairing == "best_worst" else (lambda i, j: f"/{i + 1}-{j + 1}")
-    return [
-        PreferencePair(**about_prompt(context, id=context.id + suffix(i, j)), chosen=answers[i], rejected=answers[j])
-        for i, j in sorted(kept)
-    ]
+    order = _best_first(scores)
+    gap = scores[order[0]] - min(scores) if order else 0.0
+    if gap <= 0 or gap < margin:
+        return []
+    best, worst = answers[order[0]], answers[scores.index(min(scores))]
+    return [PreferencePair(**about_prompt(context), chosen=best, rejected=worst)]
 
 
 def ranking(context: Context, answers: Sequence[Text], scores: Sequence[float]) -> Ranking:
@@ -156,11 +117,6 @@ def ranking_to_pairs(record: Ranking) -> list[PreferencePair]:
     return pairs(record, record.responses, [-rank for rank in record.ranks])
 
 
-def pair_to_ranking(record: PreferencePair) -> list[Ranking]:
-    """A pair as the ranking of its two answers."""
-    return [ranking(record, record.completions, (1.0, 0.0))]
-
-
 def pair_to_unpaired(record: PreferencePair) -> list[Unpaired]:
     """A pair as two judged answers: chosen good, rejected bad."""
     return [
@@ -169,22 +125,18 @@ def pair_to_unpaired(record: PreferencePair) -> list[Unpaired]:
     ]
 
 
-def best_to_demonstration(record: PreferencePair | Ranking) -> list[Demonstration]:
-    """The preferred answer as one to imitate."""
-    return [Demonstration(**about_prompt(record), completion=record.completions[0])]
-
-
-def good_to_demonstration(record: Unpaired) -> list[Demonstration]:
-    """A good answer as one to imitate; a bad one gives nothing."""
-    return [Demonstration(**about_prompt(record), completion=record.completion)] if record.label else []
+def to_demonstration(record: PreferencePair | Ranking | Unpaired) -> list[Demonstration]:
+    """The preferred answer, or the one that is judged good, as one to imitate; a bad one gives nothing."""
+    bad = isinstance(record, Unpaired) and not record.label
+    return [] if bad else [Demonstration(**about_prompt(record), completion=record.completions[0])]
 
 
 CONVERSIONS: dict[tuple[str, str], Callable[[Any], Sequence[Record]]] = {
     ("ranking", "pair"): ranking_to_pairs,
-    ("pair", "ranking"): pair_to_ranking,
+    ("pair", "ranking"): lambda pair: [ranking(pair, pair.completions, (1.0, 0.0))],
     ("pair", "unpaired"): pair_to_unpaired,
-    ("pair", "demonstration"): best_to_demonstration,
-    ("ranking", "demonstration"): best_to_demonstration,
-    ("unpaired", "demonstration"): good_to_demonstration,
+    ("pair", "demonstration"): to_demonstration,
+    ("ranking", "demonstration"): to_demonstration,
+    ("unpaired", "demonstration"): to_demonstration,
 }
 """(kind of the data, kind that is asked for) → the records that one record gives."""

@@ -5,8 +5,9 @@ What is scored is decided here: every id in `TokenizedRow.completions` counts, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.config import DataConfig
@@ -134,7 +135,7 @@ def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[in
     # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
     prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
     wholes = _guard(record, tokenizer, lambda: [_encode_whole(tokenizer, record, a) for a in record.completions])
-    shared = min(common_prefix_length(prompt_ids, whole) for whole in wholes)
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(prompt_ids, *wholes, strict=False)))
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
     label = (1 if record.label else -1) if isinstance(record, Unpaired) else 0
@@ -191,11 +192,6 @@ def encode_records(
             "raise --max-length, or shorten the prompts" if limit else "",
         )
     return rows, report
-
-
-def common_prefix_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many leading ids `a` and `b` share."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _encode_whole(tokenizer: Any, record: Record, answer: Text) -> list[int]:

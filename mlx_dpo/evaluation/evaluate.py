@@ -15,16 +15,10 @@ from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, eval
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import accepted_kinds, needs_reference, reads_mismatched, row_kind
+from mlx_dpo.losses.mix import accepted_kinds, needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load, read_weights
-from mlx_dpo.reference.choose import (
-    is_other_model,
-    ref_logps_of_other,
-    ref_logps_of_policy,
-    reference_model,
-    started_from,
-)
+from mlx_dpo.reference import choose
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.types import Kind
 
@@ -33,6 +27,7 @@ Split = Literal["auto", "train", "valid", "test"]
 such file: the rows that training holds out."""
 
 
+COUNTED = ("cut_rows", "cut_tokens", "lost_eos", "prompt_tokens", "completion_tokens")
 ACCURACY = ("rewards/accuracies", "accuracy_low", "accuracy_high")
 """What says nothing where the policy is the reference."""
 
@@ -79,30 +74,27 @@ def evaluate(
         MlxDpoError: the data, the model or an adapter cannot be used, or they do not go together.
     """
     loss = loss or LossConfig()
-    setup = set_up(
-        model, data, loss, (row_kind(loss), *accepted_kinds(loss)), split=split,
-        reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
-    )  # fmt: skip
+    kinds = (row_kind(loss), *accepted_kinds(loss))
+    setup = set_up(model, data, loss, kinds, split, reference_adapter, batch_size, on_event)
     found = evaluate_rows(
         setup.score, setup.rows, setup.ref_logps, loss, setup.kind, batch_size=batch_size, on_event=on_event
     )
     if setup.is_reference:
         found = {name: value for name, value in found.items() if name not in ACCURACY}
     report = setup.report
-    return {
-        "model": model.path,
-        "adapter": model.adapter,
-        "data": data.path,
-        "objective": loss.type,
-        "reference": "none" if setup.ref_logps is None else reference_adapter or loss.reference,
-        "rows": report.kept,
-        "dropped": len(report.dropped),
-        "cut_rows": report.cut_rows,
-        "cut_tokens": report.cut_tokens,
-        "lost_eos": report.lost_eos,
-        "prompt_tokens": report.prompt_tokens,
-        "completion_tokens": report.completion_tokens,
-    } | found
+    return (
+        {
+            "model": model.path,
+            "adapter": model.adapter,
+            "data": data.path,
+            "objective": loss.type,
+            "reference": "none" if setup.ref_logps is None else reference_adapter or loss.reference,
+            "rows": report.kept,
+            "dropped": len(report.dropped),
+        }
+        | {name: getattr(report, name) for name in COUNTED}
+        | found
+    )
 
 
 def score(
@@ -127,10 +119,7 @@ def score(
         MlxDpoError: the data, the model or an adapter cannot be used, or they do not go together.
     """
     loss = loss or LossConfig()
-    setup = set_up(
-        model, data, loss, get_args(Kind), split=split,
-        reference_adapter=reference_adapter, batch_size=batch_size, on_event=on_event,
-    )  # fmt: skip
+    setup = set_up(model, data, loss, get_args(Kind), split, reference_adapter, batch_size, on_event)
     describe = describe_pair if setup.kind == "pair" else describe_answers
     window = WINDOW * batch_size
     for start in range(0, len(setup.rows), window):
@@ -147,22 +136,19 @@ def set_up(
     data: DataConfig,
     loss: LossConfig,
     kinds: Sequence[Kind],
-    *,
-    split: Split = "auto",
-    reference_adapter: str | None = None,
-    batch_size: int = 8,
-    on_event: OnEvent = ignore,
+    split: Split,
+    reference_adapter: str | None,
+    batch_size: int,
+    on_event: OnEvent,
 ) -> EvalSetup:
     """Loads data, model and adapters, and computes the reference's log-probs or finds them on disk.
 
     Rows of another kind than `kinds` are converted to the first of those.
     """
     wanted = reference_adapter or loss.reference
-    start = started_from(model.adapter) if wanted == "start" else None
-    reference = reference_model(wanted, model, start) if needs_reference(loss) else None
-    records = load_to_judge(
-        data.path, kinds, split, valid_fraction=data.valid_fraction, seed=data.split_seed, on_event=on_event
-    )
+    start = choose.started_from(model.adapter) if wanted == "start" else None
+    reference = choose.reference_model(wanted, model, start) if needs_reference(loss) else None
+    records = load_to_judge(data, kinds, split, on_event)
     kind = cast(Kind, kind_of(records[0]))
     loaded = load(model, lazy=True)
     rows, report = encode_records(records, loaded.tokenizer, data)
@@ -172,12 +158,12 @@ def set_up(
         rows = mismatched(rows, order_batches(rows, batch_size, seed=0, epoch=0, shuffle=False))
     found = None
     how = {"batch_size": batch_size, "on_event": on_event}
-    if reference is not None and is_other_model(reference, model):
+    if reference is not None and choose.is_other_model(reference, model):
         # before the policy's weights are read, so that one model at a time is in memory
-        found = ref_logps_of_other(reference, model, loaded.tokenizer, rows, **how)
+        found = choose.ref_logps_of_other(reference, model, loaded.tokenizer, rows, **how)
     scorer = _with_adapter(loaded, model.adapter, rows, on_event)
     if reference is not None and found is None:
-        found = ref_logps_of_policy(reference, loaded, scorer, rows, **how)
+        found = choose.ref_logps_of_policy(reference, loaded, scorer, rows, **how)
     if found is not None and reference == model:
         return EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
     return EvalSetup(scorer, rows, found.logps if found else None, False, kind, report)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.data.batching import Batch, by_length, make_batch
+from mlx_dpo.data.batching import Batch, batches_by_length
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.events import OnEvent, Progressed, ignore
+from mlx_dpo.events import OnEvent, ignore
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import batch_loss
 from mlx_dpo.losses.metrics import Sums, averages, ranked_accuracy, wilson_interval
+from mlx_dpo.losses.objective import batch_loss
 from mlx_dpo.reference import store
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.types import Kind, TokenLogps
@@ -77,16 +77,6 @@ def describe_answers(
     return line
 
 
-def batches_by_length(
-    rows: Sequence[TokenizedRow], batch_size: int, row_indices: Sequence[int] | None = None
-) -> Iterator[Batch]:
-    """Batches that pad little, of the rows at `row_indices` (of all without them), for passes in any order."""
-    order = by_length(rows, range(len(rows)) if row_indices is None else row_indices)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        yield make_batch([rows[i] for i in part], part)
-
-
 def evaluate_rows(
     score: Score,
     rows: Sequence[TokenizedRow],
@@ -107,9 +97,7 @@ def evaluate_rows(
     without a reference.
     """
     parts: list[Sums] = []
-    done, total = 0, len(rows if row_indices is None else row_indices)
-    for batch in batches_by_length(rows, batch_size, row_indices):
-        on_event(Progressed("evaluation", done, total, "rows"))
+    for batch in batches_by_length(rows, batch_size, row_indices, work="evaluation", on_event=on_event):
         policy = score(batch, gradient=False)
         reference = None if ref_logps is None else store.batch_ref_logps(ref_logps, batch)
         _, sums = batch_loss(policy, reference, batch, loss, kind)
@@ -119,8 +107,6 @@ def evaluate_rows(
             sums |= logp_accuracies("ref_logps", reference, mask, rank) if reference is not None else {}
         mx.eval(sums)
         parts.append(sums)
-        done += len(batch.index)
-    on_event(Progressed("evaluation", done, total, "rows"))
     return averages(parts) | accuracy_interval(parts)
 
 

@@ -54,7 +54,6 @@ class ActivationCache:
         self._states: np.ndarray | None = None  # [tokens, hidden], bits of the model's dtype
         self._dtype = mx.float32
         self.nbytes = 0  # of all that is kept, or that there was no room for
-        self.on_disk = False
         self.no_room = False
 
     def knows(self, batch: Batch) -> bool:
@@ -104,7 +103,6 @@ class ActivationCache:
         if self.nbytes <= memory:
             self._states = np.empty(shape, bits)
         elif self.nbytes <= disk:
-            self.on_disk = True
             with tempfile.TemporaryFile(prefix="mlx_dpo-activations-") as file:  # the map outlives it
                 self._states = np.memmap(file, bits, "w+", shape=shape)
         else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses.mix import Term, parse_mix
+from mlx_dpo.losses.mix import parse_mix
 from mlx_dpo.losses.views import VIEWS, Answers, Unpaired, sequence_logps
 from mlx_dpo.types import LossOutput, TokenLogps
 
@@ -49,8 +49,13 @@ def compute_loss(
         loss = loss + term.weight * rows.mean()
         if isinstance(view, Unpaired):
             kl = view.kl
-    logps = mx.stop_gradient(answers.logps)
-    return LossOutput(loss=loss, logps=logps, rewards=_rewards(terms, logps, answers, reference, config), kl=kl)
+    logps, rewards = mx.stop_gradient(answers.logps), None
+    # of the first loss that is more than imitation; imitation has rewards by a reference alone
+    preferences = [term for term in terms if term.spec.kind != "demonstration"]
+    if preferences or reference is not None:
+        rewarding = (preferences or terms)[0].spec
+        rewards = rewarding.reward(logps, answers.reference_logps, answers.length, config)
+    return LossOutput(loss=loss, logps=logps, rewards=rewards, kl=kl)
 
 
 def wpo_weights(policy: TokenLogps, answers: Answers) -> mx.array:
@@ -63,13 +68,3 @@ def wpo_weights(policy: TokenLogps, answers: Answers) -> mx.array:
         raise ValueError("use_weighting needs the log-probs' log_sum_p2")
     aligned = ((policy.logps - policy.log_sum_p2) * answers.mask).sum(axis=-1) / answers.length
     return mx.stop_gradient(mx.exp(aligned.sum(axis=-1)))
-
-
-def _rewards(
-    terms: tuple[Term, ...], logps: mx.array, answers: Answers, reference: mx.array | None, config: LossConfig
-) -> mx.array | None:
-    """The rewards [R, K] of the first loss that is more than imitation; imitation has them by a reference alone."""
-    preferences = [term for term in terms if term.spec.kind != "demonstration"]
-    if not preferences and reference is None:
-        return None
-    return (preferences or terms)[0].spec.reward(logps, answers.reference_logps, answers.length, config)

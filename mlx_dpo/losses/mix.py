@@ -11,6 +11,7 @@ from mlx_dpo.config import LossConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.losses.divergences import DIVERGENCES
 from mlx_dpo.losses.table import LOSSES, LossSpec
+from mlx_dpo.losses.views import ACCEPTS
 from mlx_dpo.types import Kind
 
 SHARED = ("f_divergence_type", "f_alpha_divergence_coef", "ld_alpha", "use_weighting")
@@ -57,23 +58,21 @@ def parse_mix(text: str) -> tuple[Term, ...]:
 
 def needs_reference(config: LossConfig) -> bool:
     """Whether this objective reads a reference's log-probs."""
-    return config.reference != "none" and any(term.spec.needs_reference for term in parse_mix(config.type))
+    return config.reference != "none" and any(term.spec.reference != "unused" for term in parse_mix(config.type))
 
 
 def accepted_kinds(config: LossConfig) -> frozenset[Kind]:
     """The kinds of rows that every loss of the mix can be trained on; empty when there is none."""
-    return frozenset.intersection(*(term.spec.accepts for term in parse_mix(config.type)))
+    return frozenset.intersection(*(ACCEPTS[term.spec.kind] for term in parse_mix(config.type)))
 
 
 def mean_over(config: LossConfig) -> Literal["rows", "tokens", "batch"]:
-    """What the objective is a mean over (`LossSpec.mean_over`); a mix of means over different things is `batch`."""
+    """What the objective is a mean over (`LossSpec.mean_over`); a mix of means over different things is `batch`.
+
+    Of all but `batch`, micro-batches weighted by `batch_weight` add up to exactly the large batch's gradient.
+    """
     kinds = {term.spec.mean_over for term in parse_mix(config.type)}
     return kinds.pop() if len(kinds) == 1 else "batch"
-
-
-def row_separable(config: LossConfig) -> bool:
-    """Whether micro-batches, weighted by `batch_weight`, add up to exactly the large batch's gradient."""
-    return mean_over(config) != "batch"
 
 
 def reads_mismatched(config: LossConfig) -> bool:
@@ -96,9 +95,8 @@ def check_loss_config(config: LossConfig) -> None:
     terms = parse_mix(config.type)
     wrong = [*_unread(config, terms), *_out_of_range(config, terms)]
     if not accepted_kinds(config):
-        wrong.append(
-            f"no row suits all of {config.type}: " + ", ".join(f"{t.name} takes {_kinds(t.spec)}" for t in terms)
-        )
+        taken = ", ".join(f"{term.name} takes {' or '.join(sorted(ACCEPTS[term.spec.kind]))}" for term in terms)
+        wrong.append(f"no row suits all of {config.type}: {taken}")
     if wrong:
         raise UsageError(
             _listed(f"loss {config.type}", wrong),
@@ -175,10 +173,6 @@ def _positive(number: str) -> float | None:
     except ValueError:
         return None
     return value if 0 < value < math.inf else None
-
-
-def _kinds(spec: LossSpec) -> str:
-    return " or ".join(sorted(spec.accepts))
 
 
 def _listed(head: str, wrong: list[str]) -> str:

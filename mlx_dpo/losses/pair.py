@@ -68,7 +68,7 @@ def nca_pair(pairs: Pairs, config: LossConfig) -> mx.array:
     Chen et al. 2024 (arXiv 2402.05369), section 4.
     Example: r_w = 1, r_l = -1: 0.3133 + ½ 1.3133 + ½ 0.3133 = 1.1265.
     """
-    chosen, rejected = config.beta * pairs.chosen_ratio, config.beta * pairs.rejected_ratio
+    chosen, rejected = config.beta * pairs.chosen.ratio, config.beta * pairs.rejected.ratio
     return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
 
 
@@ -101,7 +101,7 @@ def bco_pair(pairs: Pairs, config: LossConfig) -> mx.array:
     Jung et al. 2024 (arXiv 2404.04656), section 4.
     Example: r_w = 1, r_l = -1: 2 · 0.3133 = 0.6265.
     """
-    return -log_sigmoid(config.beta * pairs.chosen_ratio) - log_sigmoid(-config.beta * pairs.rejected_ratio)
+    return -log_sigmoid(config.beta * pairs.chosen.ratio) - log_sigmoid(-config.beta * pairs.rejected.ratio)
 
 
 def sppo_hard(pairs: Pairs, config: LossConfig) -> mx.array:
@@ -112,7 +112,7 @@ def sppo_hard(pairs: Pairs, config: LossConfig) -> mx.array:
     Example: lr_w = 4, lr_l = -3, β = 0.1: (4 - 5)² + (-3 + 5)² = 5.
     """
     target = 1 / (2 * config.beta)
-    return (pairs.chosen_ratio - target) ** 2 + (pairs.rejected_ratio + target) ** 2
+    return (pairs.chosen.ratio - target) ** 2 + (pairs.rejected.ratio + target) ** 2
 
 
 def aot(pairs: Pairs, config: LossConfig) -> mx.array:
@@ -124,8 +124,8 @@ def aot(pairs: Pairs, config: LossConfig) -> mx.array:
     Melnyk et al. 2024 (arXiv 2406.05882), section 3, paired.
     Example: policy differences 3, 1 and reference differences 0, 2, β = 1: δ = 1, 1 although the rows' own are 3, -1.
     """
-    policy = mx.sort(pairs.policy_chosen - pairs.policy_rejected)
-    reference = mx.sort(pairs.reference_chosen - pairs.reference_rejected)
+    policy = mx.sort(pairs.chosen.policy - pairs.rejected.policy)
+    reference = mx.sort(pairs.chosen.reference - pairs.rejected.reference)
     return smoothed_nll(config.beta * (policy - reference), config.label_smoothing)
 
 
@@ -136,7 +136,7 @@ def aot_unpaired(pairs: Pairs, config: LossConfig) -> mx.array:
     Melnyk et al. 2024 (arXiv 2406.05882), section 3, unpaired.
     Example: lr_w = 3, 1 and lr_l = 0, 2, β = 1: δ = 1, 1.
     """
-    delta = mx.sort(pairs.chosen_ratio) - mx.sort(pairs.rejected_ratio)
+    delta = mx.sort(pairs.chosen.ratio) - mx.sort(pairs.rejected.ratio)
     return smoothed_nll(config.beta * delta, config.label_smoothing)
 
 
@@ -147,7 +147,7 @@ def apo_zero(pairs: Pairs, config: LossConfig) -> mx.array:
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7.
     Example: r_w = 1, r_l = -1: 0.2689 + 0.2689 = 0.5379.
     """
-    return mx.sigmoid(-config.beta * pairs.chosen_ratio) + mx.sigmoid(config.beta * pairs.rejected_ratio)
+    return mx.sigmoid(-config.beta * pairs.chosen.ratio) + mx.sigmoid(config.beta * pairs.rejected.ratio)
 
 
 def apo_down(pairs: Pairs, config: LossConfig) -> mx.array:
@@ -157,7 +157,7 @@ def apo_down(pairs: Pairs, config: LossConfig) -> mx.array:
     D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8.
     Example: r_w = 1, r_l = -1: 0.7311 + 0.1192 = 0.8503.
     """
-    chosen, rejected = config.beta * pairs.chosen_ratio, config.beta * pairs.rejected_ratio
+    chosen, rejected = config.beta * pairs.chosen.ratio, config.beta * pairs.rejected.ratio
     return mx.sigmoid(chosen) + mx.sigmoid(rejected - chosen)
 
 
@@ -191,5 +191,5 @@ def dpop(pairs: Pairs, config: LossConfig) -> mx.array:
     Pal et al. 2024 (Smaug, arXiv 2402.13228), eq. 3.
     Example: lr_w = -1, lr_l = -6, λ = 2, β = 0.1: -log σ(0.1 (5 - 2)) = 0.5544.
     """
-    penalty = mx.maximum(-pairs.chosen_ratio, 0.0)
-    return -log_sigmoid(config.beta * (pairs.chosen_ratio - pairs.rejected_ratio - config.dpop_lambda * penalty))
+    penalty = mx.maximum(-pairs.chosen.ratio, 0.0)
+    return -log_sigmoid(config.beta * (pairs.chosen.ratio - pairs.rejected.ratio - config.dpop_lambda * penalty))

@@ -66,7 +66,7 @@ def orpo(pairs: Pairs, config: LossConfig) -> mx.array:
     """
     chosen, rejected = _per_token(pairs)
     log_odds = (chosen - rejected) - (log_one_minus_exp(chosen) - log_one_minus_exp(rejected))
-    return token_mean_nll(pairs.policy_chosen, pairs.chosen_length) - config.beta * log_sigmoid(log_odds)
+    return token_mean_nll(pairs.chosen.policy, pairs.chosen.length) - config.beta * log_sigmoid(log_odds)
 
 
 def unlikelihood(pairs: Pairs, config: LossConfig) -> mx.array:
@@ -78,9 +78,9 @@ def unlikelihood(pairs: Pairs, config: LossConfig) -> mx.array:
     Example: chosen tokens at e^-1, rejected ones at ½, α = 0.5: 1 + 0.5 log 2 = 1.3466.
     """
     # The padding's log-prob is 0, a certain token; -1 keeps the gradient finite before the mask takes it out.
-    tokens = mx.where(pairs.rejected_mask > 0, pairs.rejected_tokens, -1.0)
-    unlikely = (log_one_minus_exp(tokens) * pairs.rejected_mask).sum(axis=-1) / pairs.rejected_length
-    return -pairs.policy_chosen / pairs.chosen_length - config.unlikelihood_alpha * unlikely
+    tokens = mx.where(pairs.rejected.mask > 0, pairs.rejected.tokens, -1.0)
+    unlikely = (log_one_minus_exp(tokens) * pairs.rejected.mask).sum(axis=-1) / pairs.rejected.length
+    return -pairs.chosen.policy / pairs.chosen.length - config.unlikelihood_alpha * unlikely
 
 
 def alphapo(logps: mx.array, alpha: float) -> mx.array:
@@ -102,12 +102,12 @@ def mean_reward(logps: mx.array, reference: mx.array, length: mx.array, config: 
 
 
 def _per_token(pairs: Pairs) -> tuple[mx.array, mx.array]:
-    return pairs.policy_chosen / pairs.chosen_length, pairs.policy_rejected / pairs.rejected_length
+    return pairs.chosen.policy / pairs.chosen.length, pairs.rejected.policy / pairs.rejected.length
 
 
 def _sum_margin(pairs: Pairs, config: LossConfig) -> mx.array:
     alpha = config.alphapo_alpha
-    return alphapo(pairs.policy_chosen, alpha) - alphapo(pairs.policy_rejected, alpha)
+    return alphapo(pairs.chosen.policy, alpha) - alphapo(pairs.rejected.policy, alpha)
 
 
 def _mean_margin(pairs: Pairs, config: LossConfig) -> mx.array:
@@ -116,4 +116,4 @@ def _mean_margin(pairs: Pairs, config: LossConfig) -> mx.array:
 
 
 def _chosen_nll(pairs: Pairs, config: LossConfig) -> mx.array:
-    return config.cpo_alpha * token_mean_nll(pairs.policy_chosen, pairs.chosen_length)
+    return config.cpo_alpha * token_mean_nll(pairs.chosen.policy, pairs.chosen.length)

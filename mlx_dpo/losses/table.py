@@ -1,9 +1,10 @@
-"""The table of losses: each name with its function and the facts that the trainer and the checks need."""
+"""The DPO family: each loss a pure function of named log-probs, in one table with what trainer and checks need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import mlx.core as mx
@@ -11,7 +12,6 @@ import mlx.core as mx
 from mlx_dpo.config import LossConfig
 from mlx_dpo.losses import demonstration, pair, ranking, unpaired
 from mlx_dpo.losses import reference_free as free
-from mlx_dpo.losses.views import ACCEPTS
 from mlx_dpo.types import Kind
 
 # What losses read of LossConfig, by family; `check_loss_config` refuses what none of a mix reads.
@@ -55,22 +55,8 @@ class LossSpec:
     options: frozenset[str] = PAIR
     reward: Reward = implicit_reward
 
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss reads the reference's log-probs when there are any."""
-        return self.reference != "unused"
 
-    @property
-    def accepts(self) -> frozenset[Kind]:
-        """The kinds of rows that it can be trained on."""
-        return ACCEPTS[self.kind]
-
-
-def _without_reference(
-    fn: Callable[..., mx.array], options: frozenset[str], reward: Reward, mean_over: Literal["rows", "batch"] = "rows"
-) -> LossSpec:
-    return LossSpec(fn=fn, reference="unused", mean_over=mean_over, options=options, reward=reward)
-
+_unreferenced = partial(LossSpec, reference="unused", reward=free.mean_reward)
 
 LOSSES: dict[str, LossSpec] = {
     "sigmoid": LossSpec(fn=pair.sigmoid, reference="optional", options=MARGIN),
@@ -92,12 +78,12 @@ LOSSES: dict[str, LossSpec] = {
     "sigmoid_norm": LossSpec(fn=pair.sigmoid_norm, reference="optional", options=MARGIN),
     "cdpo": LossSpec(fn=pair.cdpo, reference="optional", options=MARGIN | {"label_smoothing"}),
     "dpop": LossSpec(fn=pair.dpop, options=PAIR | {"dpop_lambda"}),
-    "cpo": _without_reference(free.cpo, CPO | {"label_smoothing"}, free.sum_reward, "batch"),
-    "cpo_hinge": _without_reference(free.cpo_hinge, CPO, free.sum_reward, "batch"),
-    "cpo_ipo": _without_reference(free.cpo_ipo, CPO, free.mean_reward, "batch"),
-    "simpo": _without_reference(free.simpo, SIMPO, free.mean_reward),
-    "orpo": _without_reference(free.orpo, frozenset({"beta"}), free.mean_reward, "batch"),
-    "unlikelihood": _without_reference(free.unlikelihood, frozenset({"unlikelihood_alpha"}), free.mean_reward),
+    "cpo": _unreferenced(fn=free.cpo, options=CPO | {"label_smoothing"}, reward=free.sum_reward, mean_over="batch"),
+    "cpo_hinge": _unreferenced(fn=free.cpo_hinge, options=CPO, reward=free.sum_reward, mean_over="batch"),
+    "cpo_ipo": _unreferenced(fn=free.cpo_ipo, options=CPO, mean_over="batch"),
+    "simpo": _unreferenced(fn=free.simpo, options=SIMPO),
+    "orpo": _unreferenced(fn=free.orpo, options=frozenset({"beta"}), mean_over="batch"),
+    "unlikelihood": _unreferenced(fn=free.unlikelihood, options=frozenset({"unlikelihood_alpha"})),
     "plackett_luce": LossSpec(
         fn=ranking.plackett_luce, kind="ranking", reference="optional", options=REFERENCE | {"beta"}
     ),

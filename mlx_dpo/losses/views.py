@@ -12,39 +12,37 @@ from mlx_dpo.losses.divergences import DIVERGENCES
 from mlx_dpo.types import Kind
 
 
+class Side(NamedTuple):
+    """One answer y of each of R pairs. Arrays are [R] unless said otherwise, log-probs summed over tokens, in nats."""
+
+    policy: mx.array  # log π(y|x)
+    reference: mx.array  # log π_ref(y|x); zeros without a reference
+    score: mx.array  # f'(π/π_ref): the log-ratio unless another f-divergence is asked for
+    length: mx.array  # completion tokens
+    tokens: mx.array  # [R, C] log π of each token
+    mask: mx.array  # [R, C]
+
+    @property
+    def ratio(self) -> mx.array:
+        """log π(y|x) - log π_ref(y|x)."""
+        return self.policy - self.reference
+
+
 class Pairs(NamedTuple):
-    """R preference pairs, y_w (chosen) over y_l (rejected). Arrays are [R], log-probs summed over tokens, in nats."""
+    """R preference pairs, y_w (chosen) over y_l (rejected)."""
 
-    policy_chosen: mx.array  # log π(y_w|x)
-    policy_rejected: mx.array  # log π(y_l|x)
-    reference_chosen: mx.array  # log π_ref(y_w|x); zeros without a reference
-    reference_rejected: mx.array
-    chosen_score: mx.array  # f'(π/π_ref): the log-ratio unless another f-divergence is asked for
-    rejected_score: mx.array
-    chosen_length: mx.array  # completion tokens
-    rejected_length: mx.array
-    rejected_tokens: mx.array  # [R, C] log π of each token of y_l
-    rejected_mask: mx.array  # [R, C]
-
-    @property
-    def chosen_ratio(self) -> mx.array:
-        """log π(y_w|x) - log π_ref(y_w|x)."""
-        return self.policy_chosen - self.reference_chosen
-
-    @property
-    def rejected_ratio(self) -> mx.array:
-        """log π(y_l|x) - log π_ref(y_l|x)."""
-        return self.policy_rejected - self.reference_rejected
+    chosen: Side
+    rejected: Side
 
     @property
     def margin(self) -> mx.array:
         """How much more the policy has moved to y_w than to y_l, in scores; β times it is the reward margin."""
-        return self.chosen_score - self.rejected_score
+        return self.chosen.score - self.rejected.score
 
     @property
     def margin_per_token(self) -> mx.array:
         """The margin with each score divided by its completion's length."""
-        return self.chosen_score / self.chosen_length - self.rejected_score / self.rejected_length
+        return self.chosen.score / self.chosen.length - self.rejected.score / self.rejected.length
 
 
 class Rankings(NamedTuple):
@@ -69,18 +67,6 @@ class Demonstrations(NamedTuple):
     length: mx.array  # completion tokens
 
 
-def token_weights(mask: mx.array, ld_alpha: float | None) -> mx.array:
-    """The weight of each token in its sequence's log-prob, [R, K, C]: the mask, times α beyond the shortest answer.
-
-    LD-DPO: the tokens that one answer has more than the other count α times, so that length alone earns less. α = 1 is
-    no weighting, α = 0 cuts both answers to the shorter one's length. Liu et al. 2024 (arXiv 2409.06411).
-    """
-    if ld_alpha is None:
-        return mask
-    shortest = mask.sum(axis=-1).min(axis=-1)[:, None, None]
-    return mask * mx.where(mx.cumsum(mask, axis=-1) <= shortest, 1.0, ld_alpha)
-
-
 class Answers(NamedTuple):
     """R rows of K answers of up to C tokens with all that a view is made of."""
 
@@ -94,28 +80,25 @@ class Answers(NamedTuple):
 
 
 def sequence_logps(tokens: mx.array, mask: mx.array, config: LossConfig) -> mx.array:
-    """log π(y|x) [R, K]: the sum of the tokens' log-probs [R, K, C], with LD-DPO's weights where they are asked for."""
-    return (tokens * token_weights(mask, config.ld_alpha)).sum(axis=-1)
+    """log π(y|x) [R, K]: the sum of the tokens' log-probs [R, K, C], with LD-DPO's weights where they are asked for.
+
+    LD-DPO: the tokens that one answer has more than the other count α times, so that length alone earns less. α = 1 is
+    no weighting, α = 0 cuts both answers to the shorter one's length. Liu et al. 2024 (arXiv 2409.06411).
+    """
+    if config.ld_alpha is not None:
+        shortest = mask.sum(axis=-1).min(axis=-1)[:, None, None]
+        mask = mask * mx.where(mx.cumsum(mask, axis=-1) <= shortest, 1.0, config.ld_alpha)
+    return (tokens * mask).sum(axis=-1)
 
 
 def pairs(answers: Answers, config: LossConfig) -> Pairs:
     """The view of a pair batch, K = 2 with the chosen answer first."""
     if answers.mask.shape[1] != 2:
         raise ValueError(f"{config.type} compares two answers a row, and the batch has {answers.mask.shape[1]}")
-    logps, reference, length = answers.logps, answers.reference_logps, answers.length
+    logps, reference = answers.logps, answers.reference_logps
     scores = DIVERGENCES[config.f_divergence_type](logps - reference, config.f_alpha_divergence_coef)
-    return Pairs(
-        policy_chosen=logps[:, 0],
-        policy_rejected=logps[:, 1],
-        reference_chosen=reference[:, 0],
-        reference_rejected=reference[:, 1],
-        chosen_score=scores[:, 0],
-        rejected_score=scores[:, 1],
-        chosen_length=length[:, 0],
-        rejected_length=length[:, 1],
-        rejected_tokens=answers.tokens[:, 1],
-        rejected_mask=answers.mask[:, 1],
-    )
+    of_both = Side(logps, reference, scores, answers.length, answers.tokens, answers.mask)
+    return Pairs(*(Side(*(array[:, k] for array in of_both)) for k in (0, 1)))
 
 
 def rankings(answers: Answers, config: LossConfig) -> Rankings:

@@ -12,13 +12,21 @@ from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.data.tokenize import truncate
 from mlx_dpo.errors import RunError
 from mlx_dpo.events import OnEvent, Warned, ignore
-from mlx_dpo.losses import row_separable
+from mlx_dpo.losses.mix import mean_over
 from mlx_dpo.models.lora import LEAVES
 from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
 from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
 from mlx_dpo.planning.peak_memory import IN_FLIGHT, peak_memory
-from mlx_dpo.planning.traced_run import RunSpec, TracedRun, trace_run, untraced_run
+from mlx_dpo.planning.traced_run import (
+    UPDATE,
+    CachedActivations,
+    Phase,
+    RunSpec,
+    TracedRun,
+    persistent_memory,
+    trace_run,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +67,9 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
         run = _trace_run(spec, notes)
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
-        run = untraced_run(spec)
+        memory = persistent_memory(spec)
+        phase = Phase(memory, UPDATE * memory["adapter"])  # the one that needs no graph
+        run = TracedRun({"the update": phase}, None, spec.config.speed, CachedActivations(0, "nowhere"))
 
     on_gpu = mx.default_device() == mx.gpu
     in_flight = IN_FLIGHT["gpu" if on_gpu else "cpu"]
@@ -104,27 +114,24 @@ def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
 
 
 def alternatives(config: RunConfig) -> Iterator[RunConfig]:
-    """Other settings with the same mathematics that need less memory, the faster ones first.
+    """The settings, then others with the same mathematics that need less memory, the faster ones first.
 
     Rows of an optimizer step stay together, in more and smaller micro-batches where the loss is a mean over rows;
     checkpointing computes activations twice. Losses whose rows depend on each other keep their micro-batch.
     """
     train = config.train
     cuts = [train]
-    if row_separable(config.loss):
+    if mean_over(config.loss) != "batch":
         sizes = [size for size in range(train.batch_size - 1, 0, -1) if train.batch_size % size == 0]
         rows = train.batch_size * train.grad_accumulation_steps
         cuts += [replace(train, batch_size=n, grad_accumulation_steps=rows // n) for n in sizes]
-    for checkpoint in (False, True):
-        for cut in cuts:
-            changed = replace(cut, grad_checkpoint=checkpoint or train.grad_checkpoint)
-            if changed != train:
-                yield replace(config, train=changed)
+    for checkpoint in dict.fromkeys((train.grad_checkpoint, True)):
+        yield from (replace(config, train=replace(cut, grad_checkpoint=checkpoint)) for cut in cuts)
 
 
 def lesser(config: RunConfig) -> Iterator[RunConfig]:
     """Settings that need less memory and train something else, with as little memory as the same mathematics allow."""
-    *_, least = [config, *alternatives(config)]
+    *_, least = alternatives(config)
     for layers in (16, 8, 4):
         if config.lora.num_layers == -1 or layers < config.lora.num_layers:
             yield replace(least, lora=replace(least.lora, num_layers=layers))
@@ -135,8 +142,7 @@ def lesser(config: RunConfig) -> Iterator[RunConfig]:
 
 def choose_settings(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
     """The run as asked or, with `train.auto`, with the same mathematics in so little memory that it fits."""
-    config = spec.config
-    if config.train.auto and (found := fit(spec, machine, [config, *alternatives(config)])):
+    if spec.config.train.auto and (found := fit(spec, machine, alternatives(spec.config))):
         return found
     return spec, foresee(spec, machine)
 
@@ -181,7 +187,7 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
 def remedy(spec: RunSpec, machine: Machine) -> str:
     """What to change so that a run fits: with the same mathematics if that can be, else what comes nearest."""
     config = spec.config
-    if found := fit(spec, machine, [config, *alternatives(config)]):
+    if found := fit(spec, machine, alternatives(config)):
         changed, plan = found
         return f"{said(changed.config, config)} needs {in_gb(plan.peak)} and computes the same; --auto chooses that"
     if found := fit(spec, machine, lesser(config)):

@@ -6,10 +6,9 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -18,20 +17,18 @@ from mlx.optimizers import Optimizer
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.config import RunConfig, SpeedConfig
-from mlx_dpo.data.batching import Batch, by_length, make_batch, order_batches
+from mlx_dpo.data.batching import Batch, by_length, make_batch, visited_batches
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.logprobs.activation_cache import ActivationCache, cached_tokens
 from mlx_dpo.logprobs.buckets import Bucket
 from mlx_dpo.logprobs.check import fallbacks, two_short
 from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer, plain_logps, wanted_stats
-from mlx_dpo.losses import batch_loss, needs_reference
+from mlx_dpo.losses.mix import needs_reference
+from mlx_dpo.losses.objective import batch_loss
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.batch_shape import BatchShape, batch_shape
 from mlx_dpo.planning.graph import Graph, as_checkpointed, trace, traceable_checkpoint
 from mlx_dpo.types import Kind
-
-EPOCHS = 8
-"""Epochs whose batches are looked at; later ones are cut from the same rows."""
 
 UPDATE = 3
 """The update's working memory in copies of the adapter: gradients as they came, the same clipped, and new values before
@@ -52,6 +49,17 @@ class RunSpec:
     train_rows: int
     kind: Kind
     make_optimizer: Callable[[], Optimizer]
+
+    @cached_property
+    def batches(self) -> list[list[int]]:
+        """The micro-batches that the run comes to."""
+        return visited_batches(self.rows[: self.train_rows], self.config.train)
+
+    @property
+    def visited(self) -> list[int]:
+        """The indices of the rows that the run comes to: all of them, unless it ends within the first epoch."""
+        trained = {i for batch in self.batches for i in batch}
+        return [*sorted(trained), *range(self.train_rows, len(self.rows))]
 
 
 class CachedActivations(NamedTuple):
@@ -102,13 +110,6 @@ def persistent_memory(spec: RunSpec) -> dict[str, int]:
     return {"weights": weights, "adapter": adapter, "optimizer": nbytes(optimizer.state)}
 
 
-def untraced_run(spec: RunSpec) -> TracedRun:
-    """What can be said of a run whose model cannot be traced: the phases that need no graph."""
-    parts = persistent_memory(spec)
-    phases = {"the update": Phase(parts, UPDATE * parts["adapter"])}
-    return TracedRun(phases, None, spec.config.speed, CachedActivations(0, "nowhere"))
-
-
 def trace_run(spec: RunSpec) -> TracedRun:
     """The phases of a run that may need the most memory, each with the graph of what it computes.
 
@@ -118,9 +119,10 @@ def trace_run(spec: RunSpec) -> TracedRun:
     config, model, rows = spec.config, spec.model, spec.rows
     persistent = persistent_memory(spec)
     weights, adapter = persistent["weights"], persistent["adapter"]
-    batches = visited_batches(config, rows[: spec.train_rows])
-    heaviest = [make_batch([rows[i] for i in row_indices], row_indices) for row_indices in _heaviest(rows, batches)]
-    row_indices = sorted({i for batch in batches for i in batch} | set(range(spec.train_rows, len(rows))))
+    heaviest = [
+        make_batch([rows[i] for i in row_indices], row_indices) for row_indices in _heaviest(rows, spec.batches)
+    ]
+    row_indices = spec.visited
     longest = by_length(rows, row_indices)[-config.train.batch_size :]
     scored = make_batch([rows[i] for i in longest], longest)
 
@@ -158,19 +160,6 @@ def trace_run(spec: RunSpec) -> TracedRun:
     return TracedRun(phases, batch_shape([rows[i] for i in heaviest[0].index]), speed, cached)
 
 
-def visited_batches(config: RunConfig, rows: Sequence[TokenizedRow]) -> list[list[int]]:
-    """The micro-batches that a run comes to, as far as its first epochs have them."""
-    train = config.train
-    found: list[list[int]] = []
-    for epoch in range(EPOCHS):
-        cut = order_batches(rows, train.batch_size, seed=train.seed, epoch=epoch, shuffle=train.shuffle)
-        wanted = train.iters * train.grad_accumulation_steps if train.iters else ceil(train.epochs * len(cut))
-        found += cut[: wanted - len(found)]
-        if len(found) >= wanted:
-            break
-    return found
-
-
 def _heaviest(rows: Sequence[TokenizedRow], batches: Sequence[list[int]]) -> list[list[int]]:
     """The micro-batch of most tokens and, where it is another one, that of most attention."""
     sizes = [batch_shape([rows[i] for i in batch]) for batch in batches]
@@ -190,26 +179,13 @@ class _OneBatchCache(ActivationCache):
     def __init__(self, given: list[mx.array]) -> None:
         super().__init__([], 0, 0)
         self._given = given
+        self.no_room = True  # it wants no others
 
     def knows(self, batch: Batch) -> bool:
         return True
 
-    def wants(self, batch: Batch) -> bool:
-        return False
-
     def get(self, batch: Batch, buckets: Sequence[Bucket]) -> list[mx.array]:
         return self._given
-
-
-@contextmanager
-def _undone(model: nn.Module) -> Iterator[None]:
-    """Puts the model's arrays and its mode back: tracing leaves placeholders in it."""
-    parameters, training = model.parameters(), model.training
-    try:
-        yield
-    finally:
-        model.update(parameters)
-        model.train(training)
 
 
 def _trace_model(
@@ -217,16 +193,21 @@ def _trace_model(
 ) -> tuple[Graph, list[int]]:
     """The graph of `function(*beside)`, and the numbers of `beside` in it.
 
-    The model's arrays are made inputs of the graph too: as constants they would have to be read from disk.
+    The model's arrays are made inputs of the graph too: as constants they would have to be read from disk. They and the
+    model's mode are put back afterwards, since tracing leaves placeholders.
     """
-    names, values = zip(*flat(model.parameters()).items(), strict=True)
+    parameters, training = model.parameters(), model.training
+    names, values = zip(*flat(parameters).items(), strict=True)
 
     def with_model(*given: mx.array) -> list[mx.array]:
         model.update(tree_unflatten(list(zip(names, given[: len(names)], strict=True))))
         return function(*given[len(names) :])
 
-    with _undone(model):
+    try:
         graph = trace(with_model, [*values, *beside])
+    finally:
+        model.update(parameters)
+        model.train(training)
     return graph, graph.inputs[len(names) :]
 
 
@@ -292,9 +273,5 @@ def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
 
 def _plain_gradient(model: nn.Module, batch: Batch) -> Graph:
     """The plain path's gradient, with which the optimizations are compared before the first step."""
-
-    def step() -> list[mx.array]:
-        _, gradients = nn.value_and_grad(model, lambda model: plain_logps(model, batch).logps.sum())(model)
-        return list(flat(gradients).values())
-
-    return _trace_model(model, step)[0]
+    gradient_of = nn.value_and_grad(model, lambda model: plain_logps(model, batch).logps.sum())
+    return _trace_model(model, lambda: list(flat(gradient_of(model)[1]).values()))[0]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dpo.data.batching import Batch, by_length, make_batch
+from mlx_dpo.data.batching import Batch, batches_by_length
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import RunError
-from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
-from mlx_dpo.files import cache_folder
+from mlx_dpo.events import OnEvent, Warned, ignore
+from mlx_dpo.files import cache_folder, written_whole
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.lora import parameters
@@ -37,11 +36,10 @@ def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
         whole.update(f"{file.name}:{_file_digest(file)};".encode())
     whole.update(f"{loaded.form};{mx.default_device()};".encode())
     if with_adapter:
+        modules: dict[str, Any] = dict(loaded.model.named_modules())
         for name, value in sorted(parameters(loaded.model).items()):
-            module: Any = loaded.model
-            for part in name.split(".")[:-1]:
-                module = module[int(part)] if part.isdigit() else module[part]
-            whole.update(f"{name}:{module.scale};".encode() + np.array(value.astype(mx.float32)).tobytes())
+            scale = modules[name.rpartition(".")[0]].scale
+            whole.update(f"{name}:{scale};".encode() + np.array(value.astype(mx.float32)).tobytes())
     return whole.hexdigest()
 
 
@@ -71,21 +69,18 @@ def compute_reference(
     for i in wanted:
         keys[i] = [_sequence_key(rows[i].context(k), ids) for k, ids in enumerate(rows[i].completions)]
     file = store_file(digest)
-    known = _stored(file, {key for row in keys for key in row}, on_event)
+    known = _stored(file, list({key for row in keys for key in row}), on_event)
     with _open_store(file) as store:
-        missing = by_length(rows, (i for i, row in enumerate(keys) if any(key not in known for key in row)))
-        for start in range(0, len(missing), batch_size):
-            on_event(Progressed("reference log-probs", start, len(missing), "rows"))
-            part = missing[start : start + batch_size]
-            batch = make_batch([rows[i] for i in part], part)
-            fresh = score_batch(scorer, batch)
-            pairs = [(keys[i][k], fresh[r][k]) for r, i in enumerate(part) for k in range(len(keys[i]))]
+        missing = [i for i, row in enumerate(keys) if any(key not in known for key in row)]
+        work = "reference log-probs"
+        for batch in batches_by_length(rows, batch_size, missing, work=work, on_event=on_event):
+            fresh = zip(batch.index, score_batch(scorer, batch), strict=True)
+            pairs = [pair for i, values in fresh for pair in zip(keys[i], values, strict=False)]
             # an answer that is known stays to the last bit, though its row is computed again for another one's sake
             pairs = [(key, value) for key, value in pairs if key not in known]
             known.update(pairs)
             store.executemany("INSERT OR IGNORE INTO logps VALUES (?, ?)", [(k, v.tobytes()) for k, v in pairs])
             store.commit()
-        on_event(Progressed("reference log-probs", len(missing), len(missing), "rows"))
     return [[known[key] for key in row] for row in keys]
 
 
@@ -121,27 +116,22 @@ def _open_store(file: Path) -> Iterator[sqlite3.Connection]:
         ) from error
 
 
-def _stored(file: Path, keys: Iterable[bytes], on_event: OnEvent) -> dict[bytes, np.ndarray]:
+def _stored(file: Path, keys: Sequence[bytes], on_event: OnEvent) -> dict[bytes, np.ndarray]:
     """What the store has of `keys`; a damaged one is removed, since all of it can be computed again."""
+    found: dict[bytes, np.ndarray] = {}
     try:
         with _open_store(file) as store:
-            return _fetch(store, keys)
+            for start in range(0, len(keys), 500):
+                part = keys[start : start + 500]
+                marks = ",".join("?" * len(part))
+                for key, value in store.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", part):
+                    found[key] = np.frombuffer(value, np.float32)
+        return found
     except sqlite3.DatabaseError as error:
         on_event(Warned(f"the stored reference log-probs in {file} were damaged ({error}) and are computed again"))
         for damaged in (file, file.with_name(file.name + "-journal")):
             damaged.unlink(missing_ok=True)
         return {}
-
-
-def _fetch(store: sqlite3.Connection, keys: Iterable[bytes]) -> dict[bytes, np.ndarray]:
-    found: dict[bytes, np.ndarray] = {}
-    wanted = list(keys)
-    for start in range(0, len(wanted), 500):
-        part = wanted[start : start + 500]
-        marks = ",".join("?" * len(part))
-        for key, value in store.execute(f"SELECT key, value FROM logps WHERE key IN ({marks})", part):
-            found[key] = np.frombuffer(value, np.float32)
-    return found
 
 
 def _sequence_key(context: Sequence[int], completion: Sequence[int]) -> bytes:
@@ -160,8 +150,6 @@ def _file_digest(file: Path) -> str:
         digest = hashlib.blake2b(digest_size=20)
         while block := stream.read(1 << 22):
             digest.update(block)
-    memory.parent.mkdir(parents=True, exist_ok=True)
-    beside = memory.with_suffix(f".{os.getpid()}")
-    beside.write_text(digest.hexdigest())
-    beside.replace(memory)
+    with written_whole(memory) as beside:
+        beside.write_text(digest.hexdigest())
     return digest.hexdigest()

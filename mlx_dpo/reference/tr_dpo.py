@@ -15,6 +15,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_unflatten
 
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
@@ -98,13 +99,12 @@ class MovingReference(Sequence[list[np.ndarray]]):
         """The reference's adapter in place of the policy's, and no dropout."""
         model = self._scorer.model
         policy, training = parameters(model), model.training
-        mixed = {name: self._mixed(name) for name in policy}
-        _assign(model, mixed)
+        model.update(tree_unflatten([(name, self._mixed(name)) for name in policy]))
         model.eval()
         try:
             yield
         finally:
-            _assign(model, policy)
+            model.update(tree_unflatten(list(policy.items())))
             model.train(training)
 
     def _mixed(self, name: str) -> mx.array:
@@ -113,13 +113,3 @@ class MovingReference(Sequence[list[np.ndarray]]):
         values = [part[name] if is_a else weight * part[name] for weight, part in self._parts]
         experts = values[0].ndim == 3  # A is [experts, rank, in] there and [in, rank] elsewhere
         return mx.concatenate(values, axis=(1 if is_a else 2) if experts else (1 if is_a else 0))
-
-
-def _assign(model: object, values: dict[str, mx.array]) -> None:
-    """Sets arrays by name, of whatever shape."""
-    for name, value in values.items():
-        module = model
-        *path, leaf = name.split(".")
-        for part in path:
-            module = module[int(part)] if part.isdigit() else module[part]  # type: ignore[index]
-        module[leaf] = value  # type: ignore[index]

@@ -10,27 +10,20 @@ from types import FrameType
 from typing import Any
 
 
-class StopRequest:
-    """Whether somebody has asked to stop."""
-
-    def __init__(self) -> None:
-        self.stop = False
-
-
 @contextmanager
-def deferred_interrupt() -> Iterator[StopRequest]:
-    """Inside the `with`, the first SIGINT or SIGTERM sets `stop`; the second one acts at once, as it always does.
+def deferred_interrupt() -> Iterator[threading.Event]:
+    """Inside the `with`, the first SIGINT or SIGTERM sets the event; the second one acts at once, as it always does.
 
-    Outside the main thread, where Python takes no signals, the request is never made.
+    Outside the main thread, where Python takes no signals, it is never set.
     """
-    request = StopRequest()
+    request = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     previous: dict[int, Any] = {}
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        request.stop = True
+        request.set()
         signal.signal(number, previous[number])
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -19,8 +19,9 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.evaluation.rows import evaluate_rows
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.logprobs.scorer import wanted_stats
-from mlx_dpo.losses import batch_loss, batch_weight, check_loss_config
 from mlx_dpo.losses.metrics import Sums, averages
+from mlx_dpo.losses.mix import check_loss_config
+from mlx_dpo.losses.objective import batch_loss, batch_weight
 from mlx_dpo.planning.machine import own_limits
 from mlx_dpo.reference import store
 from mlx_dpo.reference.tr_dpo import MovingReference
@@ -36,9 +37,7 @@ from mlx_dpo.training.setup import PreparedRun, fingerprint, prepare
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended. `evaluations` are the held-out metrics, with their `step`, from before the first step to the
-    end.
-    """
+    """How a run ended. `evaluations` are the held-out metrics, with their `step`, from before the first one on."""
 
     output: Path
     steps: int
@@ -71,7 +70,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
             if state.step == 0:
                 _evaluate(prepared, run, state, on_event)
 
-            stop = request.stop
+            stop = request.is_set()
             while state.step < prepared.total_steps and not stop:
                 rate = learning_rate(config.optim, state.step, prepared.total_steps)
                 metrics = take_step(_next_batches(prepared, state), rate, state)
@@ -82,20 +81,16 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
                 every = config.train.steps_per_eval
                 if last or (every and state.step % every == 0):
                     _evaluate(prepared, run, state, on_event)
-                stop = request.stop  # read once, so that the step that ends the run is the step that is saved
+                stop = request.is_set()  # read once, so that the step that ends the run is the step that is saved
                 if last or stop or state.step % config.train.save_every == 0:
                     _save(prepared, run, optimizer, state, on_event)
 
-        _write_final(prepared, run, state)
+        if not (config.train.keep_best and state.best):  # else the best evaluation's adapter is there
+            write_adapter(run, prepared.loaded.model, prepared.adapter, base=prepared.loaded.name)
+        write_card(run.path)
         on_event(Saved(state.step, run.path))
-        return TrainResult(
-            output=run.path,
-            steps=state.step,
-            total_steps=prepared.total_steps,
-            interrupted=state.step < prepared.total_steps,
-            evaluations=state.evaluations,
-            best_step=state.best_step,
-        )
+        interrupted = state.step < prepared.total_steps
+        return TrainResult(run.path, state.step, prepared.total_steps, interrupted, state.evaluations, state.best_step)
 
 
 def make_step(
@@ -232,10 +227,3 @@ def _save(
         base=prepared.loaded.name, keep=prepared.config.train.keep_checkpoints, reference=_moving(prepared),
     )  # fmt: skip
     on_event(Saved(state.step, path))
-
-
-def _write_final(prepared: PreparedRun, run: RunFolder, state: TrainerState) -> None:
-    """The adapter of the last step, unless the best evaluation's is kept; and the run's model card."""
-    if not (prepared.config.train.keep_best and state.best):
-        write_adapter(run, prepared.loaded.model, prepared.adapter, base=prepared.loaded.name)
-    write_card(run.path)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -14,7 +13,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dpo.config import LoraConfig, ModelConfig, RunConfig
-from mlx_dpo.data.batching import by_length, make_batch, mismatched, order_batches
+from mlx_dpo.data.batching import batches_by_length, epoch_batches, mismatched, order_batches, steps_of
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.data.records import Record
 from mlx_dpo.data.tokenize import TokenizedRow, encode_records
@@ -23,7 +22,7 @@ from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.activation_cache import ActivationCache
 from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses import needs_reference, reads_mismatched, row_kind
+from mlx_dpo.losses.mix import needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, unload_blocks
 from mlx_dpo.planning.machine import Machine, limit_memory, this_machine
@@ -64,7 +63,7 @@ class PreparedRun:
     def batches(self, epoch: int) -> list[list[int]]:
         """The micro-batches of an epoch as indices of `rows`."""
         if self._epoch != epoch:
-            self._epoch, self._batches = epoch, epoch_batches(self.config, self.rows[: self.train_rows], epoch)
+            self._epoch, self._batches = epoch, epoch_batches(self.rows[: self.train_rows], self.config.train, epoch)
         return self._batches
 
 
@@ -84,8 +83,8 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> PreparedRun:
     read_weights(loaded)
     on_event(Progressed("loading the model", 1, 1, ""))
     config, rows = spec.config, spec.rows
-    steps = _total_steps(config, spec.train_rows)
-    visited = [*_visited(config, rows[: spec.train_rows], steps), *range(spec.train_rows, len(rows))]
+    _, steps = steps_of(spec.train_rows, config.train)
+    visited = spec.visited
     checkpoint = config.train.grad_checkpoint
     speed, difference = check_optimizations(loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event)
     if speed != plan.speed:  # the plan took the model's word for it
@@ -148,7 +147,7 @@ def begin(
             Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all")
         )
     if reads_mismatched(config.loss):
-        rows = mismatched(rows, epoch_batches(config, rows, 0))
+        rows = mismatched(rows, epoch_batches(rows, config.train, 0))
         size = config.train.batch_size
         valid = mismatched(valid, order_batches(valid, size, seed=0, epoch=0, shuffle=False))
 
@@ -191,25 +190,6 @@ def _encoded(
     return rows
 
 
-def epoch_batches(config: RunConfig, rows: list[TokenizedRow], epoch: int) -> list[list[int]]:
-    """The micro-batches of one epoch over the rows to train on."""
-    train = config.train
-    return order_batches(rows, train.batch_size, seed=train.seed, epoch=epoch, shuffle=train.shuffle)
-
-
-def _total_steps(config: RunConfig, rows: int) -> int:
-    if config.train.iters:
-        return config.train.iters
-    micro_batches = math.ceil(rows / config.train.batch_size)
-    return math.ceil(config.train.epochs * math.ceil(micro_batches / config.train.grad_accumulation_steps))
-
-
-def _visited(config: RunConfig, rows: list[TokenizedRow], steps: int) -> list[int]:
-    """The rows that the run comes to: all of them, unless it ends within the first epoch."""
-    batches = epoch_batches(config, rows, 0)[: steps * config.train.grad_accumulation_steps]
-    return sorted(i for batch in batches for i in batch)
-
-
 def _fill_activation_cache(
     scorer: Scorer, batch_size: int, rows: list[TokenizedRow], row_indices: list[int], on_event: OnEvent
 ) -> bool:
@@ -222,26 +202,22 @@ def _fill_activation_cache(
     """
     if scorer.activation_cache is None or scorer.first_adapted == 0:
         return False
-    cached = by_length(rows, (i for i in row_indices if rows[i].shares_prompt))
-    for start in range(0, len(cached), batch_size):
-        on_event(Progressed("frozen blocks", start, len(cached), "rows"))
-        part = cached[start : start + batch_size]
-        batch = make_batch([rows[i] for i in part], part)
+    cached = [i for i in row_indices if rows[i].shares_prompt]
+    for batch in batches_by_length(rows, batch_size, cached, work="frozen blocks", on_event=on_event):
         states = scorer.score(batch, gradient=False).states
         mx.eval(states)  # and not the log-probs: no block above is computed
         scorer.keep(batch, states)
         if scorer.activation_cache.no_room:
-            break
-    on_event(Progressed("frozen blocks", len(cached), len(cached), "rows"))
-    if scorer.activation_cache.no_room:
-        size = scorer.activation_cache.nbytes / 1e9
-        on_event(
-            Warned(
-                f"what the frozen blocks give for {len(cached)} rows takes {size:.1f} GB, and is computed in every "
-                "step: speed.activation_cache_memory_gb and speed.activation_cache_disk_gb have no room for it"
+            on_event(Progressed("frozen blocks", len(cached), len(cached), "rows"))
+            size = scorer.activation_cache.nbytes / 1e9
+            on_event(
+                Warned(
+                    f"what the frozen blocks give for {len(cached)} rows takes {size:.1f} GB, and is computed in every "
+                    "step: speed.activation_cache_memory_gb and speed.activation_cache_disk_gb have no room for it"
+                )
             )
-        )
-    return not scorer.activation_cache.no_room and len(cached) == len(row_indices)
+            return False
+    return len(cached) == len(row_indices)
 
 
 def _reference(

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mlx_dpo.config import DataConfig
 from mlx_dpo.data import load as loading
 from mlx_dpo.data.load import hold_out, load_prompts, load_records, load_splits, load_to_judge, prompt_key
 from mlx_dpo.data.records import Demonstration, PreferencePair, Ranking, Record, Unpaired, kind_of
@@ -229,7 +230,7 @@ def test_a_share_of_prompts_lies_below_one(write: Write, fraction: float) -> Non
 
 
 def to_judge(source: Path | str, *kinds: str, split: str = "auto", valid_fraction: float = 0.25) -> list[Record]:
-    return load_to_judge(source, kinds, split, valid_fraction=valid_fraction, seed=0, on_event=lambda event: None)
+    return load_to_judge(DataConfig(path=str(source), valid_fraction=valid_fraction), kinds, split)
 
 
 @pytest.mark.parametrize("split", ["auto", "train", "valid"])
@@ -244,7 +245,7 @@ def test_a_source_is_read_once_whatever_is_asked_of_it(
     by_name = to_judge(path, *kinds, split=split)
     monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(path.read_bytes())))
     assert to_judge("-", *kinds, split=split) == by_name
-    assert readings == [path, "-"]
+    assert readings == [str(path), "-"]
     assert {kind_of(record) for record in by_name} == {"pair" if "pair" in kinds else kinds[0]}
 
 

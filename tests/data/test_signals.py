@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mlx_dpo.data.records import KINDS, Context, Demonstration, PreferencePair, Ranking, Unpaired
-from mlx_dpo.data.signals import CONVERSIONS, PAIRINGS, SIGNALS, number, pairs, ranking, ranking_to_pairs, signal, truth
+from mlx_dpo.data.signals import CONVERSIONS, SIGNALS, number, pairs, ranking, ranking_to_pairs, signal, truth
 from mlx_dpo.errors import DataError, UsageError
 
 ASKED = Context(id="q", prompt="p", tools=({"name": "add"},))
@@ -17,60 +17,27 @@ def said(made: list[PreferencePair]) -> list[tuple[str, str]]:
     return [(str(pair.chosen), str(pair.rejected)) for pair in made]
 
 
-@pytest.mark.parametrize(
-    ("pairing", "expected"),
-    [
-        ("best_worst", [("a", "d")]),
-        ("all_pairs", [("a", "b"), ("a", "c"), ("a", "d"), ("b", "d"), ("c", "d")]),
-        ("adjacent", [("a", "b"), ("c", "d")]),  # b and c tie: no pair between them
-    ],
-)
-def test_ties_give_no_pair(pairing: str, expected: list[tuple[str, str]]) -> None:
-    assert said(pairs(TIED, TIED.responses, [-rank for rank in TIED.ranks], pairing=pairing)) == expected
+def test_the_best_stands_over_the_worst_and_the_first_of_several_that_score_the_same_counts() -> None:
+    assert said(pairs(TIED, TIED.responses, [-rank for rank in TIED.ranks])) == [("a", "d")]
     assert said(ranking_to_pairs(TIED)) == [("a", "d")]
+    assert said(pairs(ASKED, list("abcde"), [3.0, 1.0, 4.0, 1.5, 9.0])) == [("e", "b")]
+    passed = [SIGNALS["passed"](verdict) for verdict in (False, True, "true", 0)]
+    assert said(pairs(ASKED, list("abcd"), passed)) == [("b", "a")]
 
 
-@pytest.mark.parametrize("pairing", PAIRINGS)
-def test_answers_that_all_tie_give_nothing(pairing: str) -> None:
-    assert pairs(ASKED, ["a", "b", "c"], [0.5, 0.5, 0.5], pairing=pairing) == []
-    assert pairs(ASKED, [], [], pairing=pairing) == []
-
-
-def test_without_ties_k_answers_give_the_counted_pairs() -> None:
-    answers, scores = list("abcde"), [3.0, 1.0, 4.0, 1.5, 9.0]
-    counts = {name: len(pairs(ASKED, answers, scores, pairing=name)) for name in PAIRINGS}
-    assert counts == {"best_worst": 1, "all_pairs": 5 * 4 // 2, "adjacent": 4}
-    assert said(pairs(ASKED, answers, scores)) == [("e", "b")]
+def test_answers_that_all_tie_give_nothing() -> None:
+    assert pairs(ASKED, ["a", "b", "c"], [0.5, 0.5, 0.5]) == []
+    assert pairs(ASKED, [], []) == []
 
 
 def test_scores_closer_than_the_margin_give_no_pair() -> None:
-    assert said(pairs(ASKED, ["a", "b", "c"], [1.0, 2.0, 4.0], pairing="all_pairs", margin=2.0)) == [
-        ("c", "a"),
-        ("c", "b"),
-    ]
+    assert said(pairs(ASKED, ["a", "b", "c"], [1.0, 2.0, 4.0], margin=3.0)) == [("c", "a")]
     assert pairs(ASKED, ["a", "b"], [1.0, 2.0], margin=1.5) == []
 
 
-def test_each_answer_that_passed_stands_over_each_that_failed_up_to_a_cap() -> None:
-    answers, passed = ["a", "b", "c", "d"], [SIGNALS["passed"](verdict) for verdict in (True, False, "true", 0)]
-    every = pairs(ASKED, answers, passed, pairing="all_pairs")
-    assert said(every) == [("a", "b"), ("a", "d"), ("c", "b"), ("c", "d")]
-    capped = pairs(ASKED, answers, passed, pairing="all_pairs", cap=2)
-    assert {pair.chosen for pair in capped} == {"a", "c"}
-
-
-def test_a_cap_keeps_the_clearest_pairs() -> None:
-    assert said(pairs(ASKED, ["a", "b", "c"], [0.0, 1.0, 5.0], pairing="all_pairs", cap=1)) == [("c", "a")]
-
-
-def test_pairs_keep_what_belongs_to_the_prompt_and_get_names_of_their_own() -> None:
+def test_a_pair_keeps_what_belongs_to_the_prompt() -> None:
     (one,) = pairs(ASKED, ["a", "b"], [0.0, 1.0])
     assert one == PreferencePair(id="q", prompt="p", tools=({"name": "add"},), chosen="b", rejected="a")
-    assert [pair.id for pair in pairs(ASKED, ["a", "b", "c"], [0, 1, 2], pairing="all_pairs")] == [
-        "q/2-1",
-        "q/3-1",
-        "q/3-2",
-    ]
 
 
 def test_of_errors_the_lowest_is_best() -> None:

@@ -20,7 +20,7 @@ from mlx_dpo.data.formats import parse_row
 from mlx_dpo.data.tokenize import TokenizedRow, encode_records
 from mlx_dpo.logprobs import head as head_module
 from mlx_dpo.logprobs.scorer import STATS, Scorer, plain_logps
-from mlx_dpo.losses import compute_loss
+from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.losses.metrics import averages, batch_metrics
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load

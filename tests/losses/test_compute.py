@@ -10,8 +10,9 @@ import mlx.nn as nn
 import pytest
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses import LOSSES, compute_loss
+from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.losses.metrics import Sums, averages, batch_metrics
+from mlx_dpo.losses.table import LOSSES
 from mlx_dpo.types import LossOutput, TokenLogps
 from support.loss_rows import PAIR_RANK, loss_of, pair, random_batch, rows_of
 

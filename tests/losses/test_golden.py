@@ -14,9 +14,11 @@ import pytest
 
 from mlx_dpo.config import LossConfig
 from mlx_dpo.errors import UsageError
-from mlx_dpo.losses import LOSSES, check_loss_config, compute_loss
+from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.losses.metrics import averages, batch_metrics
-from mlx_dpo.losses.views import Pairs
+from mlx_dpo.losses.mix import check_loss_config
+from mlx_dpo.losses.table import LOSSES
+from mlx_dpo.losses.views import Pairs, Side
 from mlx_dpo.types import TokenLogps
 
 FORMATS = ("standard", "conversational")
@@ -276,16 +278,11 @@ def row_losses(case: dict[str, Any], config: LossConfig) -> list[float]:
     chosen, rejected = mx.array(case["policy_chosen_logp_sum"]), mx.array(case["policy_rejected_logp_sum"])
     chosen_length, rejected_length = (mx.array(lengths, dtype=mx.float32) for lengths in pair_lengths(case))
     nothing = mx.zeros_like(chosen)
+    tokens = nothing[:, None]
     pairs = Pairs(
-        policy_chosen=chosen,
-        policy_rejected=rejected,
-        reference_chosen=nothing,
-        reference_rejected=nothing,
-        chosen_score=chosen,
-        rejected_score=rejected,
-        chosen_length=chosen_length,
-        rejected_length=rejected_length,
-        rejected_tokens=nothing[:, None],
-        rejected_mask=nothing[:, None],
+        *(
+            Side(policy=logps, reference=nothing, score=logps, length=length, tokens=tokens, mask=tokens)
+            for logps, length in ((chosen, chosen_length), (rejected, rejected_length))
+        )
     )
     return LOSSES[config.type].fn(pairs, config).tolist()

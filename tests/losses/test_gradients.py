@@ -9,7 +9,8 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses import LOSSES, compute_loss
+from mlx_dpo.losses.compute import compute_loss
+from mlx_dpo.losses.table import LOSSES
 from mlx_dpo.types import Kind, TokenLogps
 
 STEP = 0.05  # wide, with four points: in float64 too MLX's exp is right to 1e-7 only

@@ -10,16 +10,9 @@ import pytest
 
 from mlx_dpo.config import LossConfig
 from mlx_dpo.errors import UsageError
-from mlx_dpo.losses import (
-    LOSSES,
-    accepted_kinds,
-    check_loss_config,
-    compute_loss,
-    needs_reference,
-    parse_mix,
-    row_separable,
-)
-from mlx_dpo.losses.table import REFERENCE
+from mlx_dpo.losses.compute import compute_loss
+from mlx_dpo.losses.mix import accepted_kinds, check_loss_config, mean_over, needs_reference, parse_mix
+from mlx_dpo.losses.table import LOSSES, REFERENCE
 from mlx_dpo.types import TokenLogps
 
 
@@ -187,5 +180,5 @@ def test_which_objectives_need_a_reference() -> None:
 
 
 def test_which_objectives_accumulate_exactly() -> None:
-    assert row_separable(LossConfig(type="sigmoid:0.5,ipo:0.5"))
-    assert not row_separable(LossConfig(type="sigmoid:0.5,sft:0.5"))
+    assert mean_over(LossConfig(type="sigmoid:0.5,ipo:0.5")) != "batch"
+    assert mean_over(LossConfig(type="sigmoid:0.5,sft:0.5")) == "batch"

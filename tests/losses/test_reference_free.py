@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses import compute_loss
+from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.types import TokenLogps
 from support.loss_rows import PAIR_RANK, loss_of, rows_of
 from support.worked_losses import REFERENCE_FREE

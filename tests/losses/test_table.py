@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_dpo.losses import LOSSES
+from mlx_dpo.losses.table import LOSSES
 from support.worked_losses import PAIRWISE, REFERENCE_FREE
 
 

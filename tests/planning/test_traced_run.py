@@ -15,9 +15,10 @@ import pytest
 from mlx.utils import tree_map
 
 from mlx_dpo.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from mlx_dpo.data.batching import visited_batches
 from mlx_dpo.models.load import load
 from mlx_dpo.models.trees import flat
-from mlx_dpo.planning.traced_run import UPDATE, RunSpec, nbytes, persistent_memory, trace_run, visited_batches
+from mlx_dpo.planning.traced_run import UPDATE, RunSpec, nbytes, persistent_memory, trace_run
 from mlx_dpo.training.optim import OPTIMIZERS, make_optimizer
 from mlx_dpo.training.setup import begin
 from support.tiny_models import tiny_model_folder
@@ -90,7 +91,7 @@ def test_the_largest_micro_batch_is_that_of_most_tokens_that_the_run_comes_to(co
     spec = begun(config)
     sizes = [
         sum(len(spec.rows[i].prompt) + sum(map(len, spec.rows[i].completions)) for i in batch)
-        for batch in visited_batches(config, spec.rows)
+        for batch in visited_batches(spec.rows, config.train)
     ]
     largest = trace_run(spec).largest
     assert largest is not None and largest.tokens == max(sizes)
@@ -99,7 +100,10 @@ def test_the_largest_micro_batch_is_that_of_most_tokens_that_the_run_comes_to(co
 @pytest.mark.parametrize(
     ("train", "count"),
     [
-        ({"iters": 2, "grad_accumulation_steps": 2}, 4),  # micro-batches of two steps, in an epoch of three
+        (
+            {"iters": 2, "grad_accumulation_steps": 2},
+            3,
+        ),  # of two steps, the second of which ends the epoch
         ({"iters": None, "epochs": 2.0}, 6),
         ({"iters": None, "epochs": 0.5}, 2),
         ({"iters": 10_000}, 24),  # of eight epochs, and no more
@@ -107,7 +111,7 @@ def test_the_largest_micro_batch_is_that_of_most_tokens_that_the_run_comes_to(co
 )
 def test_the_micro_batches_that_a_run_comes_to(train: dict[str, Any], count: int, config: RunConfig) -> None:
     config = replace(config, train=replace(config.train, **train))
-    assert len(visited_batches(config, begun(config).rows)) == count
+    assert len(visited_batches(begun(config).rows, config.train)) == count
 
 
 class Adapter(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dpo.config import LossConfig
-from mlx_dpo.losses import compute_loss
+from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.types import Kind, TokenLogps
 
 PAIR_RANK = [1.0, 2.0]

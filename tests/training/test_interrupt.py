@@ -13,15 +13,15 @@ from mlx_dpo.training.interrupt import deferred_interrupt
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_is_noted_and_nothing_is_broken_off(number: signal.Signals) -> None:
     with deferred_interrupt() as request:
-        assert not request.stop
+        assert not request.is_set()
         signal.raise_signal(number)
-        assert request.stop
+        assert request.is_set()
 
 
 def test_the_second_signal_acts_as_it_always_does() -> None:
     with pytest.raises(KeyboardInterrupt), deferred_interrupt() as request:
         signal.raise_signal(signal.SIGINT)
-        assert request.stop
+        assert request.is_set()
         signal.raise_signal(signal.SIGINT)
 
 
@@ -30,7 +30,7 @@ def test_ctrl_c_after_a_polite_end_acts_at_once_too() -> None:
     with deferred_interrupt() as request:
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
-        assert request.stop
+        assert request.is_set()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
 
@@ -56,7 +56,7 @@ def test_in_another_thread_it_does_nothing_and_harms_nothing() -> None:
 
     def work() -> None:
         with deferred_interrupt() as request:
-            found.append(request.stop)
+            found.append(request.is_set())
 
     thread = threading.Thread(target=work)
     thread.start()

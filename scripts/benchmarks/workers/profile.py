@@ -18,7 +18,7 @@ import mlx.optimizers as optimizers
 from benchmarks.workers.ours import run_config
 from benchmarks.workers.probe import Probe, read_spec, write_result
 from mlx_dpo.data.batching import Batch, make_batch
-from mlx_dpo.losses import compute_loss
+from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.models.trees import flat
 from mlx_dpo.reference.store import batch_ref_logps
 from mlx_dpo.training.checkpoint import TrainerState

@@ -39,7 +39,7 @@ def run(spec: dict[str, Any]) -> None:
         loaded.model, config.speed, checkpoint=config.train.grad_checkpoint, activation_cache=activation_cache
     )
     reference = [[np.zeros(len(ids), np.float32) for ids in row.completions] for row in rows]
-    prepared = PreparedRun(config, loaded, adapter, scorer, rows, len(rows), reference, "pair", ROWS, 0.0)
+    prepared = PreparedRun(config, loaded, adapter, scorer, rows, len(rows), reference, None, "pair", ROWS, 0.0)
     optimizer, state = make_optimizer(config.optim), TrainerState(fingerprint={})
     optimizer.init(loaded.model.trainable_parameters())
     step = make_step(prepared, optimizer)
