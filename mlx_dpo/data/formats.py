@@ -286,7 +286,7 @@ FORMATS: dict[str, Format] = {
         lambda row: _answer_key(row) is not None,
         _from_demonstration,
     ),
-    "text": Format('{"text": "…"}', lambda row: has(row, "text"), _from_text),
+    "text": Format('{"text": "…"}', lambda row: has(row, "text") and not first(row, RESPONSES), _from_text),
 }
 """Row shapes by name; the first that recognises a row converts it, so the narrow ones stand before the wide: every
 dialogue is a pair too, and every judged answer a demonstration with a label to ignore."""

@@ -160,10 +160,10 @@ def set_up(
     how = {"batch_size": batch_size, "on_event": on_event}
     if reference is not None and choose.is_other_model(reference, model):
         # before the policy's weights are read, so that one model at a time is in memory
-        found = choose.ref_logps_of_other(reference, model, loaded.tokenizer, rows, **how)
+        found = choose.compute_ref_logps(reference, model, loaded, None, rows, **how)
     scorer = _with_adapter(loaded, model.adapter, rows, on_event)
     if reference is not None and found is None:
-        found = choose.ref_logps_of_policy(reference, loaded, scorer, rows, **how)
+        found = choose.compute_ref_logps(reference, model, loaded, scorer, rows, **how)
     if found is not None and reference == model:
         return EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
     return EvalSetup(scorer, rows, found.logps if found else None, False, kind, report)

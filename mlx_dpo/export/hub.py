@@ -42,7 +42,11 @@ def push(
     """
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise UsageError(f"{repo!r} is no name of a repository", "it is owner/name")
-    files = {file for pattern in _patterns(folder) for file in folder.glob(pattern) if file.is_file()}
+    is_adapter = (folder / "adapter_config.json").is_file()
+    if not is_adapter and not any(folder.glob("model*.safetensors")) and not any(folder.glob("*.gguf")):
+        raise ModelError(f"{folder} holds neither adapter nor model", "give a run folder, or what fuse or export wrote")
+    patterns = ADAPTER if is_adapter else MODEL
+    files = {file for pattern in patterns for file in folder.glob(pattern) if file.is_file()}
     listed = tuple(sorted((file.name, file.stat().st_size) for file in files))
     if dry_run:
         return PushReport(repo, private, listed, None)
@@ -64,13 +68,3 @@ def push(
         ) from error
     on_event(Progressed("uploading", 1, 1, ""))
     return PushReport(repo, private, listed, str(url))
-
-
-def _patterns(folder: Path) -> tuple[str, ...]:
-    if (folder / "adapter_config.json").is_file():
-        return ADAPTER
-    if any(folder.glob("model*.safetensors")) or any(folder.glob("*.gguf")):
-        return MODEL
-    raise ModelError(
-        f"{folder} holds neither an adapter nor a model", "give a run folder, or one that fuse or export wrote"
-    )

@@ -5,8 +5,6 @@ Training differentiates this, evaluation reports it, and planning traces it: the
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import mlx.core as mx
 import numpy as np
 
@@ -18,17 +16,10 @@ from mlx_dpo.losses.mix import mean_over
 from mlx_dpo.types import Kind, TokenLogps
 
 
-class BatchLoss(NamedTuple):
-    """`loss` [] is the micro-batch's mean; it stands first, since MLX differentiates element 0."""
-
-    loss: mx.array
-    sums: Sums
-
-
 def batch_loss(
     policy: TokenLogps, ref_logps: mx.array | None, batch: Batch, config: LossConfig, kind: Kind
-) -> BatchLoss:
-    """Loss and metrics of a micro-batch from log π and log π_ref of its tokens, both `[R, K, C]`.
+) -> tuple[mx.array, Sums]:
+    """Mean loss [] and metrics of a micro-batch from log π and log π_ref of its tokens, both `[R, K, C]`.
 
     `ref_logps` is None for a loss without a reference. `config` and `kind` as in `compute_loss` and `batch_metrics`.
     """
@@ -36,7 +27,7 @@ def batch_loss(
     label = mx.array(batch.label.astype(np.float32)) if kind == "unpaired" else None
     output = compute_loss(policy, ref_logps, mask, rank, label, config)
     weight = batch_weight(batch, config)
-    return BatchLoss(output.loss, batch_metrics(output, policy, ref_logps, mask, rank, label, kind, weight=weight))
+    return output.loss, batch_metrics(output, policy, ref_logps, mask, rank, label, kind, weight=weight)
 
 
 def batch_weight(batch: Batch, config: LossConfig) -> float:

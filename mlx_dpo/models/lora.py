@@ -16,6 +16,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_dpo.config import LoraConfig
 from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.files import written_whole
 from mlx_dpo.models.merge import adapted_layers, base_of
 from mlx_dpo.models.peft import read_peft
 from mlx_dpo.models.trees import flat, read_json, read_weights
@@ -107,9 +108,11 @@ def read(folder: Path, modules: Collection[str], blocks: int) -> tuple[Adapter, 
 
 
 def save(model: nn.Module, adapter: Adapter, folder: Path, *, base: str) -> None:
-    """Writes `adapters.safetensors` and `adapter_config.json` into `folder`, in mlx-lm's form."""
-    mx.save_safetensors(str(folder / "adapters.safetensors"), parameters(model), metadata={"format": "mlx"})
-    (folder / "adapter_config.json").write_text(json.dumps(adapter.to_json(base), indent=2) + "\n")
+    """Writes `adapters.safetensors` and `adapter_config.json` into `folder` in mlx-lm's form, each whole or not."""
+    with written_whole(folder / "adapters.safetensors") as beside, beside.open("wb") as stream:
+        mx.save_safetensors(stream, parameters(model), metadata={"format": "mlx"})
+    with written_whole(folder / "adapter_config.json") as beside:
+        beside.write_text(json.dumps(adapter.to_json(base), indent=2) + "\n")
 
 
 def parameters(model: nn.Module) -> dict[str, mx.array]:

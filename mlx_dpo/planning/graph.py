@@ -76,27 +76,7 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         if record["type"] == "primitive"
     ]
     results = [number(found) for found in by_type["outputs"]["outputs"]]
-    return _unmerged(Graph(ops, described, inputs, results))
-
-
-def _unmerged(graph: Graph) -> Graph:
-    """The graph with zeros and ranges made anew for each reader.
-
-    The export merges equal ones, which an evaluation does not: one array would lie in memory from its first reader to
-    its last, where there are many short ones.
-    """
-    made = {op.outputs[0]: op for op in graph.ops if op.name in ("Full", "Arange")}
-    arrays, ops, taken = list(graph.arrays), [], set(graph.results)
-    for op in graph.ops:
-        inputs = list(op.inputs)
-        for place, array in enumerate(inputs):
-            if array in made and array in taken:
-                inputs[place] = len(arrays)
-                arrays.append(arrays[array])
-                ops.append(made[array]._replace(outputs=(inputs[place],)))
-            taken.add(array)
-        ops.append(op._replace(inputs=tuple(inputs)))
-    return Graph(ops, arrays, graph.inputs, graph.results)
+    return Graph(ops, described, inputs, results)
 
 
 def traceable_checkpoint(marks: Iterator[mx.array]) -> CheckpointFn:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.data.tokenize import truncate
@@ -102,13 +103,8 @@ def _trace_run(spec: RunSpec, notes: list[str]) -> TracedRun:
     except Unknown:
         if not experts:
             raise
-    for module in experts:
-        module.freeze(keys=list(LEAVES), recurse=False)
-    try:
+    with _frozen(experts):
         found = trace_run(spec)
-    finally:
-        for module in experts:
-            module.unfreeze(keys=list(LEAVES), recurse=False, strict=False)
     notes.append("what the gradients of the experts' adapters take is not counted")
     return found
 
@@ -148,7 +144,7 @@ def choose_settings(spec: RunSpec, machine: Machine) -> tuple[RunSpec, Plan]:
 
 
 def fit_to_machine(spec: RunSpec, machine: Machine, on_event: OnEvent = ignore) -> tuple[RunSpec, Plan]:
-    """What `choose` gives, where it fits `machine`.
+    """What `choose_settings` gives, where it fits `machine`.
 
     Raises:
         RunError: it does not fit; the remedy says what would.
@@ -172,7 +168,8 @@ def fit(spec: RunSpec, machine: Machine, configs: Iterable[RunConfig]) -> tuple[
     """The run with the first of `configs` that fits `machine`; None where none does."""
     for config in configs:
         changed = _changed(spec, config)
-        with _adapted(changed):
+        count = config.lora.num_layers
+        with _frozen([] if count == -1 else spec.model.layers[:-count]):
             plan = foresee(changed, machine)
             if not plan.fits(machine) and machine.fits(plan.peak, 0):  # then the activation cache goes to disk
                 room = max(machine.total - plan.peak - PROCESS_BYTES, 0) // 1e8 / 10
@@ -220,14 +217,12 @@ def _changed(spec: RunSpec, config: RunConfig) -> RunSpec:
 
 
 @contextmanager
-def _adapted(spec: RunSpec) -> Iterator[None]:
-    """Trains no more than the top blocks that the spec's settings ask for."""
-    count = spec.config.lora.num_layers
-    lower = [] if count == -1 else spec.model.layers[:-count]
-    for block in lower:
-        block.freeze()
+def _frozen(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Adapters in these modules are not trained inside the `with`."""
+    for module in modules:
+        module.freeze(keys=list(LEAVES), strict=False)
     try:
         yield
     finally:
-        for block in lower:
-            block.unfreeze(keys=list(LEAVES), strict=False)
+        for module in modules:
+            module.unfreeze(keys=list(LEAVES), strict=False)

@@ -233,7 +233,7 @@ def _gradient(spec: RunSpec, speed: SpeedConfig, batch: Batch, states: list[mx.a
         def objective(model: nn.Module) -> mx.array:
             policy = scorer(batch, wanted_stats(config), gradient=True)
             ref_logps = mx.zeros(batch.mask.shape) if needs_reference(config.loss) else None
-            return batch_loss(policy, ref_logps, batch, config.loss, spec.kind).loss
+            return batch_loss(policy, ref_logps, batch, config.loss, spec.kind)[0]
 
         loss, gradients = nn.value_and_grad(model, objective)(model)
         return [*flat(gradients).values(), loss]

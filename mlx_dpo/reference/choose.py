@@ -62,30 +62,34 @@ def is_other_model(reference: ModelConfig, policy: ModelConfig) -> bool:
     return reference not in (policy, replace(policy, adapter=None))
 
 
-def ref_logps_of_policy(
-    reference: ModelConfig, loaded: LoadedModel, scorer: Scorer, rows: Sequence[TokenizedRow], **how: Any
+def compute_ref_logps(
+    reference: ModelConfig,
+    policy: ModelConfig,
+    loaded: LoadedModel,
+    scorer: Scorer | None,
+    rows: Sequence[TokenizedRow],
+    **how: Any,
 ) -> Reference:
-    """log π_ref of `rows` by the policy's own weights: with the adapter off, or as it is now where `reference` has one.
+    """log π_ref of `rows`, stored or computed; `how` as in `store.compute_reference`.
 
-    `loaded` is the policy, its adapter on, and `scorer` reads it. `how` as in `store.compute_reference`.
-    """
-    with_adapter = reference.adapter is not None
-    digest = store.model_digest(loaded, with_adapter=with_adapter)
-    loaded.model.eval()
-    with nullcontext() if with_adapter else lora.switched_off(loaded.model):
-        return Reference(store.compute_reference(scorer, rows, digest, **how), store.store_file(digest))
-
-
-def ref_logps_of_other(
-    reference: ModelConfig, policy: ModelConfig, tokenizer: Any, rows: Sequence[TokenizedRow], **how: Any
-) -> Reference:
-    """log π_ref of `rows` by another model or adapter, loaded for it and gone afterwards.
-
-    `tokenizer` is the policy's, which made the rows. `how` as in `store.compute_reference`.
+    `loaded` is the policy, its adapter on, and `scorer` reads it. By its weights, with the adapter off or as it is now,
+    the reference is scored if it is that; another model is loaded for it and gone afterwards, and needs no `scorer`.
 
     Raises:
         ModelError: the reference cannot be loaded, or reads other tokens than the policy.
     """
+    adapter_off = reference.adapter is None
+    if is_other_model(reference, policy):
+        loaded, scorer, adapter_off = *_load_other(reference, policy, loaded.tokenizer), False
+    assert scorer is not None
+    digest = store.model_digest(loaded, with_adapter=reference.adapter is not None)
+    loaded.model.eval()
+    with lora.switched_off(loaded.model) if adapter_off else nullcontext():
+        return Reference(store.compute_reference(scorer, rows, digest, **how), store.store_file(digest))
+
+
+def _load_other(reference: ModelConfig, policy: ModelConfig, tokenizer: Any) -> tuple[LoadedModel, Scorer]:
+    """A model beside the policy, which must read token ids as the policy's `tokenizer` made them."""
     other = load(reference)
     if reference.path != policy.path and other.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise ModelError(
@@ -94,7 +98,4 @@ def ref_logps_of_other(
         )
     if reference.adapter:
         lora.load(other.model, reference.adapter)
-    other.model.eval()
-    digest = store.model_digest(other, with_adapter=reference.adapter is not None)
-    scorer = Scorer(other.model, UNCHECKED)
-    return Reference(store.compute_reference(scorer, rows, digest, **how), store.store_file(digest))
+    return other, Scorer(other.model, UNCHECKED)  # which nobody held against its plain path

@@ -1,6 +1,4 @@
-"""TR-DPO: a reference that follows the policy.
-
-Gorbatovski et al. 2024 (arXiv 2404.09656).
+"""TR-DPO: a reference that follows the policy (Gorbatovski et al., 2024, arXiv 2404.09656).
 
 Every so many steps the reference becomes α · policy + (1 − α) · reference, in weights. Of adapters that is exact by
 concatenation: α·B₁A₁ + (1 − α)·B₂A₂ is one product whose rank is the sum of both. What is known of the reference's

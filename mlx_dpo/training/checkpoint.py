@@ -6,7 +6,6 @@ import json
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlx.core as mx
@@ -62,14 +61,6 @@ def save_checkpoint(
     for old in run.checkpoints()[:-keep]:
         shutil.rmtree(old)
     return target
-
-
-def write_adapter(run: RunFolder, model: nn.Module, adapter: Adapter, *, base: str) -> None:
-    """Writes the run's own `adapters.safetensors` and `adapter_config.json`, each whole or not at all."""
-    with TemporaryDirectory(prefix=".adapter-", dir=run.path) as beside:
-        save(model, adapter, Path(beside), base=base)
-        for file in sorted(Path(beside).iterdir()):
-            file.replace(run.path / file.name)
 
 
 def restore_checkpoint(

@@ -22,14 +22,14 @@ from mlx_dpo.logprobs.scorer import wanted_stats
 from mlx_dpo.losses.metrics import Sums, averages
 from mlx_dpo.losses.mix import check_loss_config
 from mlx_dpo.losses.objective import batch_loss, batch_weight
+from mlx_dpo.models import lora
 from mlx_dpo.planning.machine import own_limits
 from mlx_dpo.reference import store
-from mlx_dpo.reference.tr_dpo import MovingReference
 from mlx_dpo.run.card import write_card
 from mlx_dpo.run.folder import RunFolder, open_run
 from mlx_dpo.settings import check_config, to_yaml
 from mlx_dpo.training import report
-from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint, write_adapter
+from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint
 from mlx_dpo.training.interrupt import deferred_interrupt
 from mlx_dpo.training.optim import learning_rate, make_optimizer
 from mlx_dpo.training.setup import PreparedRun, fingerprint, prepare
@@ -86,7 +86,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
                     _save(prepared, run, optimizer, state, on_event)
 
         if not (config.train.keep_best and state.best):  # else the best evaluation's adapter is there
-            write_adapter(run, prepared.loaded.model, prepared.adapter, base=prepared.loaded.name)
+            lora.save(prepared.loaded.model, prepared.adapter, run.path, base=prepared.loaded.name)
         write_card(run.path)
         on_event(Saved(state.step, run.path))
         interrupted = state.step < prepared.total_steps
@@ -100,7 +100,7 @@ def make_step(
 
     It is called with the step's micro-batches (row indices), the learning rate and the run's state.
     """
-    config, model, moving = prepared.config, prepared.loaded.model, _moving(prepared)
+    config, model, moving = prepared.config, prepared.loaded.model, prepared.moving_reference
     stats = wanted_stats(config)
 
     def objective(model: nn.Module, batch: Batch, ref_logps: mx.array | None, share: float) -> tuple[mx.array, Sums]:
@@ -188,7 +188,7 @@ def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_eve
     if best:
         state.best, state.best_step = found, state.step
         if prepared.config.train.keep_best:
-            write_adapter(run, prepared.loaded.model, prepared.adapter, base=prepared.loaded.name)
+            lora.save(prepared.loaded.model, prepared.adapter, run.path, base=prepared.loaded.name)
     run.append_metrics({"step": state.step} | {f"eval_{name}": value for name, value in found.items()})
     on_event(Evaluated(state.step, found, best))
 
@@ -204,14 +204,10 @@ def _where_to_begin(
         state = TrainerState(fingerprint=settings)
     else:
         state = restore_checkpoint(checkpoints[-1], prepared.loaded.model, optimizer, settings)
-        if (moving := _moving(prepared)) is not None:
-            moving.restore(checkpoints[-1])
+        if prepared.moving_reference is not None:
+            prepared.moving_reference.restore(checkpoints[-1])
     run.keep_metrics_until(state.step if checkpoints else -1)
     return state
-
-
-def _moving(prepared: PreparedRun) -> MovingReference | None:
-    return prepared.ref_logps if isinstance(prepared.ref_logps, MovingReference) else None
 
 
 def _warn(text: str | None, on_event: OnEvent) -> None:
@@ -224,6 +220,6 @@ def _save(
 ) -> None:
     path = save_checkpoint(
         run, prepared.loaded.model, prepared.adapter, optimizer, state,
-        base=prepared.loaded.name, keep=prepared.config.train.keep_checkpoints, reference=_moving(prepared),
+        base=prepared.loaded.name, keep=prepared.config.train.keep_checkpoints, reference=prepared.moving_reference,
     )  # fmt: skip
     on_event(Saved(state.step, path))

@@ -60,6 +60,11 @@ class PreparedRun:
         """The indices of the held-out rows."""
         return range(self.train_rows, len(self.rows))
 
+    @property
+    def moving_reference(self) -> MovingReference | None:
+        """The reference, where it is one that follows the policy (TR-DPO)."""
+        return self.ref_logps if isinstance(self.ref_logps, MovingReference) else None
+
     def batches(self, epoch: int) -> list[list[int]]:
         """The micro-batches of an epoch as indices of `rows`."""
         if self._epoch != epoch:
@@ -235,10 +240,7 @@ def _reference(
     """
     wanted = choose.reference_model(config.loss.reference, config.model, config.model.adapter)
     how = {"batch_size": config.train.batch_size, "row_indices": row_indices, "on_event": on_event}
-    if choose.is_other_model(wanted, config.model):
-        logps, file = choose.ref_logps_of_other(wanted, config.model, loaded.tokenizer, rows, **how)
-    else:
-        logps, file = choose.ref_logps_of_policy(wanted, loaded, scorer, rows, **how)
+    logps, file = choose.compute_ref_logps(wanted, config.model, loaded, scorer, rows, **how)
     if config.loss.ref_model_sync_steps is None:
         return logps, file
     alpha, from_base = config.loss.ref_model_mixup_alpha, wanted.adapter is None

@@ -268,6 +268,7 @@ def test_rows_with_one_answer_are_demonstrations(row: dict[str, Any], record: Re
         ({"messages": []}, '"messages" is an empty list'),
         ({"prompt": "p", "references": ["a", "b"]}, '"references" is a list'),
         ({"text": 1}, '"text" is int 1'),
+        ({"text": "p", "responses": {"a": "one", "b": "two"}}, '"responses" is an object'),
         ({"text": None}, '"text" is null'),
         ({"prompt": "p"}, "a prompt but no answer"),
         ({"a": 1, "b": 2}, "no known shape (keys: a, b)"),

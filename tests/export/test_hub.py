@@ -86,5 +86,5 @@ def test_a_refusal_of_the_hub_is_told_with_what_to_do(run: Path, hub: type[Hub])
 def test_what_is_no_repository_and_no_model_is_refused(tmp_path: Path, run: Path) -> None:
     with pytest.raises(UsageError, match="no name of a repository"):
         push(run, "tuned")
-    with pytest.raises(ModelError, match="neither an adapter nor a model"):
+    with pytest.raises(ModelError, match="neither adapter nor model"):
         push(run / "checkpoints", "me/tuned")

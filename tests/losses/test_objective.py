@@ -11,8 +11,8 @@ import pytest
 from mlx_dpo.config import LossConfig
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.losses import batch_loss, batch_weight
 from mlx_dpo.losses.metrics import averages
+from mlx_dpo.losses.objective import batch_loss, batch_weight
 from mlx_dpo.types import Kind, TokenLogps
 
 LENGTHS = [(3, 1), (1, 2), (7, 2), (2, 5), (4, 4), (1, 6)]
@@ -43,11 +43,11 @@ def step(rows: list[TokenizedRow], cut: Sequence[Sequence[int]], config: LossCon
         share = batch_weight(batch, config) / total
 
         def objective(logps: mx.array, batch=batch, share=share) -> mx.array:
-            return batch_loss(TokenLogps(logps), mx.zeros_like(logps), batch, config, kind).loss * share
+            return batch_loss(TokenLogps(logps), mx.zeros_like(logps), batch, config, kind)[0] * share
 
         loss += objective(mx.array(values)).item()
         gradients += mx.grad(objective)(mx.array(values)).flatten().tolist()
-        parts.append(batch_loss(TokenLogps(mx.array(values)), mx.zeros(values.shape), batch, config, kind).sums)
+        parts.append(batch_loss(TokenLogps(mx.array(values)), mx.zeros(values.shape), batch, config, kind)[1])
     return averages(parts) | {"of the step": loss, "gradient": float(np.linalg.norm(gradients))}
 
 

@@ -38,16 +38,6 @@ def test_a_gradient_is_part_of_the_graph() -> None:
     assert count(graph, "Matmul") == 1, "the value is not asked for; its gradient is one product"
 
 
-def test_zeros_are_made_for_each_who_reads_them() -> None:
-    def function(x: mx.array) -> list[mx.array]:
-        return [x + mx.zeros((4,)) * x, x * mx.zeros((4,)) - x]
-
-    graph = trace(function, [mx.zeros((4,))])
-    readers = Counter(array for op in graph.ops for array in op.inputs)
-    zeros = [op.outputs[0] for op in graph.ops if op.name == "Full"]
-    assert all(readers[array] <= 1 for array in zeros)
-
-
 def test_what_mlx_cannot_describe_is_refused() -> None:
     @mx.custom_function
     def function(x: mx.array) -> mx.array:

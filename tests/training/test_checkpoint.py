@@ -18,7 +18,7 @@ from mlx_dpo.errors import RunError
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from mlx_dpo.run.folder import RunFolder
-from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint, write_adapter
+from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint
 from mlx_dpo.training.optim import OPTIMIZERS, make_optimizer
 
 TOKENS = mx.array([[5, 9, 40, 41, 7, 100, 200, 3]])
@@ -132,9 +132,9 @@ def test_a_checkpoint_that_fails_leaves_the_one_before(
 
 def test_the_runs_own_adapter_is_replaced_whole(tiny_llama: Path, run: RunFolder) -> None:
     model, adapter, optimizer = fresh(tiny_llama)
-    write_adapter(run, model, adapter, base="base")
+    lora.save(model, adapter, run.path, base="base")
     take_steps(model, optimizer, 1)
-    write_adapter(run, model, adapter, base="base")
+    lora.save(model, adapter, run.path, base="base")
     assert sorted(path.name for path in run.path.iterdir()) == ["adapter_config.json", "adapters.safetensors"]
     kept = mx.load(str(run.path / "adapters.safetensors"))
     assert all(mx.array_equal(kept[name], value) for name, value in lora.parameters(model).items())
