@@ -54,12 +54,12 @@ class MovingReference(Sequence[list[np.ndarray]]):
     def __len__(self) -> int:
         return len(self._known)
 
-    def __getitem__(self, place: int) -> list[np.ndarray]:  # type: ignore[override]
-        found = self._known[place]
+    def __getitem__(self, row: int) -> list[np.ndarray]:  # type: ignore[override]
+        found = self._known[row]
         if found is None:
             with self._as_reference():
-                found = score_batch(self._scorer, make_batch([self._rows[place]], [place]))[0]
-            self._known[place] = found
+                found = score_batch(self._scorer, make_batch([self._rows[row]], [row]))[0]
+            self._known[row] = found
         return found
 
     def follow(self) -> None:

@@ -92,13 +92,13 @@ def filled(scorer: Scorer, batch: Batch) -> Scorer:
     return scorer
 
 
-def with_levers(on: tuple[bool, ...]) -> SpeedConfig:
+def with_optimizations(on: tuple[bool, ...]) -> SpeedConfig:
     """Those optimizations and no others; steps shorter than a prompt, and of about the length of a sliding window."""
     return SpeedConfig(**dict(zip(OPTIMIZATIONS, on, strict=True)) | {"prefill_step_size": 7 * on[1]})
 
 
 @pytest.mark.parametrize("arch", TINY_MODELS)
-def test_all_levers_together_give_the_plain_paths_log_probs_and_gradients(arch: str, tmp_path: Path) -> None:
+def test_all_optimizations_together_give_the_plain_paths_log_probs_and_gradients(arch: str, tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
@@ -119,11 +119,13 @@ def test_all_levers_together_give_the_plain_paths_log_probs_and_gradients(arch: 
 
 @pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=len(OPTIMIZATIONS))))
 @pytest.mark.parametrize(("arch", "bucket_overhead"), [("llama", 8), ("gemma3", 0)])
-def test_every_choice_of_levers_is_exact(arch: str, bucket_overhead: int, on: tuple[bool, ...], tmp_path: Path) -> None:
+def test_every_choice_of_optimizations_is_exact(
+    arch: str, bucket_overhead: int, on: tuple[bool, ...], tmp_path: Path
+) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     rows = random_rows(vocabulary, answers=3)
     batch = make_batch(rows, range(len(rows)))
-    speed = with_levers(on)
+    speed = with_optimizations(on)
     scorer = Scorer(model, speed, activation_cache=ActivationCache(rows, 1e9, 0), bucket_overhead=bucket_overhead)
     if on[0]:
         filled(scorer, batch)
@@ -162,7 +164,7 @@ def test_states_kept_from_one_batching_serve_another(tmp_path: Path) -> None:
     assert_same(measure(model, other, scorer), measure(model, other, None))
 
 
-def test_with_the_trunk_known_no_frozen_block_runs(tmp_path: Path) -> None:
+def test_with_the_activations_known_no_frozen_block_runs(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
@@ -174,7 +176,9 @@ def test_with_the_trunk_known_no_frozen_block_runs(tmp_path: Path) -> None:
     assert mx.isnan(plain_logps(model, batch).logps).any()
 
 
-def test_a_trunk_that_the_budget_has_no_room_for_is_not_kept_and_the_numbers_stay_right(tmp_path: Path) -> None:
+def test_an_activation_cache_that_the_budget_has_no_room_for_is_not_kept_and_the_numbers_stay_right(
+    tmp_path: Path,
+) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
@@ -202,7 +206,7 @@ def test_rows_that_a_run_does_not_come_to_take_no_room(tmp_path: Path) -> None:
     assert_same(measure(model, other, scorer), measure(model, other, None))
 
 
-def test_a_trunk_too_large_for_memory_goes_to_disk(tmp_path: Path) -> None:
+def test_an_activation_cache_too_large_for_memory_goes_to_disk(tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, "llama")
     rows = random_rows(vocabulary)
     batch = make_batch(rows, range(len(rows)))
@@ -236,7 +240,7 @@ def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path
 
 
 @pytest.mark.parametrize("arch", ["llama", "mamba2", "gemma2"])
-def test_settle_keeps_the_levers_that_hold_and_says_why_one_does_not(arch: str, tmp_path: Path) -> None:
+def test_the_check_keeps_the_optimizations_that_hold_and_says_why_one_does_not(arch: str, tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     said: list[object] = []
     speed, difference = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
@@ -257,7 +261,7 @@ def test_settle_holds_log_probs_alone_where_nothing_is_trained(arch: str, tmp_pa
     assert difference < 1e-4
 
 
-def test_settle_does_not_trust_a_lever_that_gives_other_numbers(
+def test_the_check_does_not_trust_an_optimization_that_gives_other_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_dpo.logprobs.kv_cache import ContinuationKVCache

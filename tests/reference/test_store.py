@@ -1,4 +1,4 @@
-"""RefLogps log-probs are computed once: kept by content, found by the next run, never taken for another model's."""
+"""Reference log-probs are computed once: kept by content, found by the next run, never taken for another model's."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def test_checkpointed_gradients_are_the_same_gradients(settings: RunConfig, tmp_
     assert furthest(tmp_path / "run", tmp_path / "checkpointed") < 1e-5
 
 
-def test_the_speed_levers_change_no_result(settings: RunConfig, tmp_path: Path) -> None:
+def test_the_optimizations_change_no_result(settings: RunConfig, tmp_path: Path) -> None:
     train(settings)
     off = SpeedConfig(**OPTIMIZATIONS)
     train(replace(change(settings, train={"output": str(tmp_path / "plain")}), speed=off))
