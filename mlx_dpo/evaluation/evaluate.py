@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
@@ -17,6 +18,7 @@ from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.losses.mix import accepted_kinds, needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
+from mlx_dpo.models.gated_delta import trainable_gated_delta
 from mlx_dpo.models.load import LoadedModel, load, read_weights
 from mlx_dpo.reference import choose
 from mlx_dpo.reference.store import RefLogps
@@ -75,10 +77,10 @@ def evaluate(
     """
     loss = loss or LossConfig()
     kinds = (row_kind(loss), *accepted_kinds(loss))
-    setup = set_up(model, data, loss, kinds, split, reference_adapter, batch_size, on_event)
-    found = evaluate_rows(
-        setup.score, setup.rows, setup.ref_logps, loss, setup.kind, batch_size=batch_size, on_event=on_event
-    )
+    with set_up(model, data, loss, kinds, split, reference_adapter, batch_size, on_event) as setup:
+        found = evaluate_rows(
+            setup.score, setup.rows, setup.ref_logps, loss, setup.kind, batch_size=batch_size, on_event=on_event
+        )
     if setup.is_reference:
         found = {name: value for name, value in found.items() if name not in ACCURACY}
     report = setup.report
@@ -119,18 +121,20 @@ def score(
         MlxDpoError: the data, the model or an adapter cannot be used, or they do not go together.
     """
     loss = loss or LossConfig()
-    setup = set_up(model, data, loss, get_args(Kind), split, reference_adapter, batch_size, on_event)
-    describe = describe_pair if setup.kind == "pair" else describe_answers
-    window = WINDOW * batch_size
-    for start in range(0, len(setup.rows), window):
-        on_event(Progressed("scoring", start, len(setup.rows), "rows"))
-        row_indices = range(start, min(start + window, len(setup.rows)))
-        policy = score_rows(setup.score, setup.rows, batch_size, row_indices)
-        for i, found in zip(row_indices, policy, strict=True):
-            yield describe(setup.rows[i], found, setup.ref_logps[i] if setup.ref_logps is not None else None, loss.beta)
-    on_event(Progressed("scoring", len(setup.rows), len(setup.rows), "rows"))
+    with set_up(model, data, loss, get_args(Kind), split, reference_adapter, batch_size, on_event) as setup:
+        describe = describe_pair if setup.kind == "pair" else describe_answers
+        window = WINDOW * batch_size
+        for start in range(0, len(setup.rows), window):
+            on_event(Progressed("scoring", start, len(setup.rows), "rows"))
+            row_indices = range(start, min(start + window, len(setup.rows)))
+            policy = score_rows(setup.score, setup.rows, batch_size, row_indices)
+            for i, found in zip(row_indices, policy, strict=True):
+                ref_logps = setup.ref_logps[i] if setup.ref_logps is not None else None
+                yield describe(setup.rows[i], found, ref_logps, loss.beta)
+        on_event(Progressed("scoring", len(setup.rows), len(setup.rows), "rows"))
 
 
+@contextmanager
 def set_up(
     model: ModelConfig,
     data: DataConfig,
@@ -140,7 +144,7 @@ def set_up(
     reference_adapter: str | None,
     batch_size: int,
     on_event: OnEvent,
-) -> EvalSetup:
+) -> Iterator[EvalSetup]:
     """Loads data, model and adapters, and computes the reference's log-probs or finds them on disk.
 
     Rows of another kind than `kinds` are converted to the first of those.
@@ -161,12 +165,14 @@ def set_up(
     if reference is not None and choose.is_other_model(reference, model):
         # before the policy's weights are read, so that one model at a time is in memory
         found = choose.compute_ref_logps(reference, model, loaded, None, rows, **how)
-    scorer = _with_adapter(loaded, model.adapter, rows, on_event)
-    if reference is not None and found is None:
-        found = choose.compute_ref_logps(reference, model, loaded, scorer, rows, **how)
-    if found is not None and reference == model:
-        return EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
-    return EvalSetup(scorer, rows, found.logps if found else None, False, kind, report)
+    with trainable_gated_delta(loaded.model):
+        scorer = _with_adapter(loaded, model.adapter, rows, on_event)
+        if reference is not None and found is None:
+            found = choose.compute_ref_logps(reference, model, loaded, scorer, rows, **how)
+        if found is not None and reference == model:
+            yield EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
+        else:
+            yield EvalSetup(scorer, rows, found.logps if found else None, False, kind, report)
 
 
 def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent) -> Scorer:

@@ -134,9 +134,12 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 def _attach(model: nn.Module, adapter: Adapter) -> None:
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
+    from mlx_dpo.models.adapted_layers import use_own_layers
+
     model.freeze()
     settings = adapter.to_json(base="")["lora_parameters"]
     linear_to_lora_layers(model, adapter.num_layers, settings, use_dora=adapter.fine_tune_type == "dora")
+    use_own_layers(model)
     model.eval()  # a new layer starts in training mode
 
 

@@ -86,7 +86,8 @@ def merged_weight(module: Any) -> mx.array:
 
 
 MERGE: dict[str, tuple[Callable[[mx.array, mx.array], mx.array], bool]] = {
-    # mlx-lm's adapted layers: the low-rank product in the base weight's shape, and whether rows have a magnitude
+    # by the name of an adapted layer, mlx-lm's or ours: its product in the base weight's shape, and whether rows have a
+    # magnitude
     "LoRALinear": (lambda a, b: (a @ b).T, False),
     "LoRASwitchLinear": (lambda a, b: b @ a, False),
     "LoRAEmbedding": (lambda a, b: a @ b, False),

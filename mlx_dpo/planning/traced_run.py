@@ -25,6 +25,7 @@ from mlx_dpo.logprobs.check import fallbacks, two_short
 from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer, plain_logps, wanted_stats
 from mlx_dpo.losses.mix import needs_reference
 from mlx_dpo.losses.objective import batch_loss
+from mlx_dpo.models.gated_delta import trainable_gated_delta
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.batch_shape import BatchShape, batch_shape
 from mlx_dpo.planning.graph import Graph, as_checkpointed, trace, traceable_checkpoint
@@ -204,7 +205,10 @@ def _trace_model(
         return function(*given[len(names) :])
 
     try:
-        graph = trace(with_model, [*values, *beside])
+        # hybrids are read in chunks, as a run does it; MLX cannot describe the checkpoints in there, and a graph
+        # without them holds more: the forecast for these models is an upper bound
+        with trainable_gated_delta(model, checkpoint_fn=lambda function: function):
+            graph = trace(with_model, [*values, *beside])
     finally:
         model.update(parameters)
         model.train(training)

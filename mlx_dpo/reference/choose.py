@@ -13,6 +13,7 @@ from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.errors import ModelError, UsageError
 from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer
 from mlx_dpo.models import lora
+from mlx_dpo.models.gated_delta import trainable_gated_delta
 from mlx_dpo.models.load import LoadedModel, load
 from mlx_dpo.reference import store
 from mlx_dpo.reference.store import RefLogps
@@ -84,7 +85,8 @@ def compute_ref_logps(
     assert scorer is not None
     digest = store.model_digest(loaded, with_adapter=reference.adapter is not None)
     loaded.model.eval()
-    with lora.switched_off(loaded.model) if adapter_off else nullcontext():
+    # of a hybrid by the rule that the policy is trained with: two rules differ by what 16 bits round
+    with trainable_gated_delta(loaded.model), lora.switched_off(loaded.model) if adapter_off else nullcontext():
         return Reference(store.compute_reference(scorer, rows, digest, **how), store.store_file(digest))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +59,8 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     """
     check_config(config)
     check_loss_config(config.loss)
-    with open_run(Path(config.train.output), resume=resume) as run, own_limits():
-        prepared = prepare(config, on_event)
+    with open_run(Path(config.train.output), resume=resume) as run, own_limits(), ExitStack() as run_long:
+        prepared = prepare(config, run_long, on_event)
         optimizer = make_optimizer(config.optim)
         optimizer.init(prepared.loaded.model.trainable_parameters())
         state = _where_to_begin(prepared, run, optimizer, resume=resume)

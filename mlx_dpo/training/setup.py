@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.losses.mix import needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
+from mlx_dpo.models.gated_delta import trainable_gated_delta
 from mlx_dpo.models.load import LoadedModel, has_weights, load, read_weights, unload_blocks
 from mlx_dpo.planning.machine import Machine, limit_memory, this_machine
 from mlx_dpo.planning.plan import Plan, choose_settings, fit_to_machine, remedy, said
@@ -72,8 +74,8 @@ class PreparedRun:
         return self._batches
 
 
-def prepare(config: RunConfig, on_event: OnEvent = ignore) -> PreparedRun:
-    """Everything before the first step.
+def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) -> PreparedRun:
+    """Everything before the first step; what must hold until the last one is entered into `run_long`.
 
     In this order: what does not fit is refused before any weight is read; optimizations are checked before anything
     relies on them; the frozen blocks come before the reference, which then starts from their output; and the random
@@ -91,9 +93,13 @@ def prepare(config: RunConfig, on_event: OnEvent = ignore) -> PreparedRun:
     _, steps = steps_of(spec.train_rows, config.train)
     visited = spec.visited
     checkpoint = config.train.grad_checkpoint
-    speed, difference = check_optimizations(loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event)
+    with trainable_gated_delta(loaded.model):  # left again, since planning traces such blocks in a way of its own
+        speed, difference = check_optimizations(
+            loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event
+        )
     if speed != plan.speed:  # the plan took the model's word for it
         _, plan = _fit_to_machine(replace(spec, config=replace(config, speed=speed)), on_event)
+    run_long.enter_context(trainable_gated_delta(loaded.model))
     budget = (speed.activation_cache_memory_gb * 1e9, speed.activation_cache_disk_gb * 1e9)
     cache = ActivationCache(rows, *budget, visited) if speed.activation_cache else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, activation_cache=cache)

@@ -83,7 +83,7 @@ def run(spec: dict[str, Any]) -> None:
         from mlx_dpo.training.setup import prepare
 
         with probe.stage("prepare"):
-            prepare(config, listen)
+            prepare(config, ExitStack(), listen)
     else:
         from mlx_dpo.training.loop import train
 

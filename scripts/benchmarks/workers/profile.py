@@ -9,6 +9,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -57,7 +58,7 @@ def run(spec: dict[str, Any]) -> None:
 
     What the frozen blocks give is known before the first step, so these are steps as they are from the second epoch on.
     """
-    prepared = prepare(run_config(spec))
+    prepared = prepare(run_config(spec), ExitStack())
     optimizer = make_optimizer(prepared.config.optim)
     optimizer.init(prepared.loaded.model.trainable_parameters())
     step, state = make_step(prepared, optimizer), TrainerState(fingerprint={})
