@@ -91,6 +91,9 @@ def in_words(metrics: dict[str, float], *, rows_per_second: float | None = None)
 
 
 def _accuracy(metrics: dict[str, float]) -> str:
+    unsure = metrics.get("rewards/within_noise", 0.0)
+    if unsure > 0.5:
+        return f"accuracy unknown ({unsure:.0%} of the margins within rounding)"
     said = f"accuracy {metrics['rewards/accuracies']:.0%}"
     if "accuracy_low" in metrics:
         said += f" (95 %: {metrics['accuracy_low']:.0%} to {metrics['accuracy_high']:.0%})"

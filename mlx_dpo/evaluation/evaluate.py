@@ -30,7 +30,7 @@ such file: the rows that training holds out."""
 
 
 COUNTED = ("cut_rows", "cut_tokens", "lost_eos", "prompt_tokens", "completion_tokens")
-ACCURACY = ("rewards/accuracies", "accuracy_low", "accuracy_high")
+ACCURACY = ("rewards/accuracies", "accuracy_low", "accuracy_high", "rewards/within_noise")
 """What says nothing where the policy is the reference."""
 
 
@@ -48,6 +48,7 @@ class EvalSetup:
     is_reference: bool
     kind: Kind
     report: EncodeReport
+    noise: float = 0.0  # what rounding does to a token's log-prob, nats
 
 
 def evaluate(
@@ -79,8 +80,9 @@ def evaluate(
     kinds = (row_kind(loss), *accepted_kinds(loss))
     with set_up(model, data, loss, kinds, split, reference_adapter, batch_size, on_event) as setup:
         found = evaluate_rows(
-            setup.score, setup.rows, setup.ref_logps, loss, setup.kind, batch_size=batch_size, on_event=on_event
-        )
+            setup.score, setup.rows, setup.ref_logps, loss, setup.kind, batch_size=batch_size, noise=setup.noise,
+            on_event=on_event,
+        )  # fmt: skip
     if setup.is_reference:
         found = {name: value for name, value in found.items() if name not in ACCURACY}
     report = setup.report
@@ -166,23 +168,25 @@ def set_up(
         # before the policy's weights are read, so that one model at a time is in memory
         found = choose.compute_ref_logps(reference, model, loaded, None, rows, **how)
     with trainable_gated_delta(loaded.model):
-        scorer = _with_adapter(loaded, model.adapter, rows, on_event)
+        scorer, noise = _with_adapter(loaded, model.adapter, rows, on_event)
         if reference is not None and found is None:
             found = choose.compute_ref_logps(reference, model, loaded, scorer, rows, **how)
         if found is not None and reference == model:
             yield EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
         else:
-            yield EvalSetup(scorer, rows, found.logps if found else None, False, kind, report)
+            yield EvalSetup(scorer, rows, found.logps if found else None, False, kind, report, noise)
 
 
-def _with_adapter(loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent) -> Scorer:
-    """Reads the weights, puts `adapter` on the model, and gives a scorer with the optimizations that hold for it."""
+def _with_adapter(
+    loaded: LoadedModel, adapter: str | None, rows: Sequence[TokenizedRow], on_event: OnEvent
+) -> tuple[Scorer, float]:
+    """Reads the weights, puts `adapter` on the model, and gives a scorer that holds for it, and its rounding noise."""
     on_event(Progressed("loading the model", 0, 1, ""))
     read_weights(loaded)
     on_event(Progressed("loading the model", 1, 1, ""))
     if adapter:
         lora.load(loaded.model, adapter)
     speed = SpeedConfig(activation_cache=False)  # of use only from the second pass on
-    speed, _ = check_optimizations(loaded.model, rows, speed, on_event=on_event)
+    checked = check_optimizations(loaded.model, rows, speed, on_event=on_event)
     loaded.model.eval()
-    return Scorer(loaded.model, speed)
+    return Scorer(loaded.model, checked.speed), checked.noise

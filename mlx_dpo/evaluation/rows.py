@@ -12,8 +12,9 @@ from mlx_dpo.config import LossConfig
 from mlx_dpo.data.batching import Batch, batches_by_length
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.events import OnEvent, ignore
+from mlx_dpo.logprobs.precision import SURE
 from mlx_dpo.logprobs.scorer import Scorer
-from mlx_dpo.losses.metrics import Sums, averages, ranked_accuracy, wilson_interval
+from mlx_dpo.losses.metrics import Mean, Sums, averages, ranked_accuracy, wilson_interval
 from mlx_dpo.losses.objective import batch_loss
 from mlx_dpo.reference import store
 from mlx_dpo.reference.store import RefLogps
@@ -86,6 +87,7 @@ def evaluate_rows(
     *,
     batch_size: int,
     row_indices: Sequence[int] | None = None,
+    noise: float = 0.0,
     on_event: OnEvent = ignore,
 ) -> dict[str, float]:
     """TRL's metrics over the rows at `row_indices` (of all without them), as if they were one batch.
@@ -93,14 +95,15 @@ def evaluate_rows(
     The policy that `score` reads is in evaluation mode.
 
     Beside them `accuracy_low` and `accuracy_high`, the 95 % Wilson interval of rewards/accuracies over `comparisons`
-    pairs, and of pairs and rankings how log-probs alone rank them. `ref_logps` are those of all rows, None for losses
-    without a reference.
+    pairs, and of pairs and rankings how log-probs alone rank them, and with `noise` (`within_noise`) what share of the
+    comparisons rounding may have decided. `ref_logps` are those of all rows, None for losses without a reference.
     """
     parts: list[Sums] = []
     for batch in batches_by_length(rows, batch_size, row_indices, work="evaluation", on_event=on_event):
         policy = score(batch, gradient=False)
         reference = None if ref_logps is None else store.batch_ref_logps(ref_logps, batch)
         _, sums = batch_loss(policy, reference, batch, loss, kind)
+        sums |= within_noise(policy.logps, reference, batch, noise)
         if kind in ("pair", "ranking"):
             mask, rank = mx.array(batch.mask), mx.array(batch.rank)
             sums |= logp_accuracies("logps", policy.logps, mask, rank)
@@ -120,6 +123,24 @@ def logp_accuracies(name: str, logps: mx.array, mask: mx.array, rank: mx.array) 
         f"{name}/accuracies": ranked_accuracy(total, rank),
         f"{name}/accuracies_per_token": ranked_accuracy(total / mx.maximum(mask.sum(-1), 1), rank),
     }
+
+
+def within_noise(logps: mx.array, reference: mx.array | None, batch: Batch, noise: float) -> Sums:
+    """The share of a batch's comparisons that rounding may have decided: `rewards/within_noise`.
+
+    `logps` and `reference` `[R, K, C]`. Rounding moves a token's log-prob by `noise` nats (root mean square), each
+    token's by itself, so a margin of n tokens by √n of that; a margin within `SURE` times as much says nothing. Nothing
+    without noise or a reference, or of rows that are compared with no other.
+    """
+    if not noise or reference is None:
+        return {}
+    rank, tokens = mx.array(batch.rank), mx.array(batch.mask).sum(-1)
+    drift = mx.stop_gradient((logps - reference).sum(-1))
+    margin = mx.abs(drift[:, :, None] - drift[:, None, :])
+    rounding = SURE * noise * mx.sqrt(tokens[:, :, None] + tokens[:, None, :])
+    compared = (rank[:, :, None] < rank[:, None, :]) & (rank[:, :, None] > 0)
+    unsure = (compared & (margin <= rounding)).sum().astype(mx.float32)
+    return {"rewards/within_noise": Mean(unsure, compared.sum().astype(mx.float32))}
 
 
 def accuracy_interval(parts: Sequence[Sums]) -> dict[str, float]:

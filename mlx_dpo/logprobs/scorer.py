@@ -7,6 +7,7 @@ result; the files beside this one are its parts, and `check.py` holds it against
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import mlx.core as mx
@@ -28,6 +29,7 @@ from mlx_dpo.logprobs.buckets import (
 from mlx_dpo.logprobs.head import head_logps, token_logps
 from mlx_dpo.logprobs.kv_cache import ContinuationKVCache, PrefixKVCache
 from mlx_dpo.logprobs.layers import CaptureInput, CheckpointedLayer, CheckpointFn, InjectInput, Layer, SkipLayer
+from mlx_dpo.logprobs.precision import by_gradient_kernels
 from mlx_dpo.logprobs.split_model import SplitModel, split_model
 from mlx_dpo.models.trees import flat
 from mlx_dpo.types import TokenLogps
@@ -94,7 +96,7 @@ def plain_positions(batch: Batch) -> np.ndarray:
     return (first[:, None] + np.arange(width)).reshape(rows, answers, width)
 
 
-def plain_logps(model: nn.Module, batch: Batch, stats: tuple[str, ...] = ()) -> TokenLogps:
+def plain_logps(model: Callable[[mx.array], mx.array], batch: Batch, stats: tuple[str, ...] = ()) -> TokenLogps:
     """The definition: logits of every position, float32 log-softmax, the completion tokens picked out."""
     logits = model(mx.array(batch.tokens))
     scored = scored_tokens(batch, plain_positions(batch))
@@ -151,6 +153,11 @@ class Scorer:
 
     def score(self, batch: Batch, stats: tuple[str, ...] = (), *, gradient: bool) -> Scoring:
         """The same, with the states for `keep` where the activation cache lacks this batch's rows."""
+        if not gradient:
+            return by_gradient_kernels(lambda: self._score(batch, stats, gradient=False))
+        return self._score(batch, stats, gradient=True)
+
+    def _score(self, batch: Batch, stats: tuple[str, ...], *, gradient: bool) -> Scoring:
         if self.split is None or not optimizations_on(self.speed):
             return Scoring(plain_logps(self.model, batch, stats))
         # only a prompt that all answers share has states that do not depend on the answer, and can be kept by row

@@ -19,10 +19,11 @@ from mlx.utils import tree_unflatten
 from mlx_dpo.config import RunConfig, SpeedConfig
 from mlx_dpo.data.batching import Batch, by_length, make_batch, visited_batches
 from mlx_dpo.data.tokenize import TokenizedRow
-from mlx_dpo.logprobs.activation_cache import ActivationCache, cached_tokens
+from mlx_dpo.logprobs.activation_cache import ActivationCache, cached_tokens, first_adapted
 from mlx_dpo.logprobs.buckets import Bucket
-from mlx_dpo.logprobs.check import fallbacks, two_short
-from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer, plain_logps, wanted_stats
+from mlx_dpo.logprobs.check import fallbacks, holds_16_bits, plain_score, two_short
+from mlx_dpo.logprobs.precision import in_float32
+from mlx_dpo.logprobs.scorer import UNCHECKED, Scorer, wanted_stats
 from mlx_dpo.losses.mix import needs_reference
 from mlx_dpo.losses.objective import batch_loss
 from mlx_dpo.models.gated_delta import trainable_gated_delta
@@ -276,6 +277,14 @@ def _scoring(model: nn.Module, speed: SpeedConfig, batch: Batch) -> Graph:
 
 
 def _plain_gradient(model: nn.Module, batch: Batch) -> Graph:
-    """The plain path's gradient, with which the optimizations are compared before the first step."""
-    gradient_of = nn.value_and_grad(model, lambda model: plain_logps(model, batch).logps.sum())
-    return _trace_model(model, lambda: list(flat(gradient_of(model)[1]).values()))[0]
+    """The plain path's gradient, in float32, with which the optimizations are compared before the first step."""
+    copies = holds_16_bits(model)
+    marks = [mx.array(1.0) for _ in model.layers[first_adapted(model) :]] if copies else []
+
+    def gradient(*given: mx.array) -> list[mx.array]:
+        score = plain_score(model, traceable_checkpoint(iter(given)) if copies else None)
+        return list(flat(nn.value_and_grad(model, lambda model: score(batch).sum())(model)[1]).values())
+
+    with in_float32(model):
+        graph, numbers = _trace_model(model, gradient, marks)
+    return as_checkpointed(graph, numbers) if copies else graph

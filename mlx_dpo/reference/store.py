@@ -21,6 +21,10 @@ from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models.load import LoadedModel
 from mlx_dpo.models.lora import parameters
 
+READING = 2
+"""How log-probs are read, as part of a function's name; to be raised where the same weights begin to give others (2: by
+the kernels of a gradient, and gated-delta rules in chunks)."""
+
 RefLogps = Sequence[list[np.ndarray]]
 """For each row, for each answer: log π_ref of every completion token, float32."""
 
@@ -34,7 +38,7 @@ def model_digest(loaded: LoadedModel, *, with_adapter: bool) -> str:
     files = sorted([*loaded.path.glob("model*.safetensors"), loaded.path / "config.json", *loaded.path.glob("*.py")])
     for file in files:
         whole.update(f"{file.name}:{_file_digest(file)};".encode())
-    whole.update(f"{loaded.form};{mx.default_device()};".encode())
+    whole.update(f"{loaded.form};{mx.default_device()};{READING};".encode())
     if with_adapter:
         modules: dict[str, Any] = dict(loaded.model.named_modules())
         for name, value in sorted(parameters(loaded.model).items()):

@@ -17,7 +17,7 @@ from mlx.utils import tree_map
 from mlx_dpo.config import RunConfig
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.errors import RunError
-from mlx_dpo.evaluation.rows import evaluate_rows
+from mlx_dpo.evaluation.rows import evaluate_rows, within_noise
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.logprobs.scorer import wanted_stats
 from mlx_dpo.losses.metrics import Sums, averages
@@ -107,6 +107,7 @@ def make_step(
     def objective(model: nn.Module, batch: Batch, ref_logps: mx.array | None, share: float) -> tuple[mx.array, Sums]:
         policy = prepared.scorer(batch, stats, gradient=True)
         loss, sums = batch_loss(policy, ref_logps, batch, config.loss, prepared.kind)
+        sums |= within_noise(policy.logps, ref_logps, batch, prepared.checked.noise)
         return loss * share, sums
 
     gradient_of = nn.value_and_grad(model, objective)
@@ -178,7 +179,8 @@ def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_eve
     prepared.loaded.model.eval()
     found = evaluate_rows(
         prepared.scorer, prepared.rows, prepared.ref_logps, prepared.config.loss, prepared.kind,
-        batch_size=prepared.config.train.batch_size, row_indices=prepared.held_out, on_event=on_event,
+        batch_size=prepared.config.train.batch_size, row_indices=prepared.held_out, noise=prepared.checked.noise,
+        on_event=on_event,
     )  # fmt: skip
     if "logps/chosen" in found and prepared.kind in ("pair", "ranking"):
         start = state.evaluations[0]["logps/chosen"] if state.evaluations else found["logps/chosen"]

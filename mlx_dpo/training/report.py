@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from math import log
+from math import log, sqrt
 
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.logprobs.buckets import padding_share
+from mlx_dpo.logprobs.precision import SURE
 from mlx_dpo.logprobs.scorer import optimizations_on
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.machine import in_gb
@@ -13,8 +14,11 @@ from mlx_dpo.reference.choose import reference_model
 from mlx_dpo.training.checkpoint import TrainerState
 from mlx_dpo.training.setup import PreparedRun
 
-SAME_FUNCTION = 1e-3
-"""KL per token, in nats, within which two ways to compute one model agree."""
+SAME_FUNCTION = 1e-6
+"""KL per token, in nats, within which two ways to compute one model in float32 agree: a token's log-prob to 1e-3."""
+
+SAID = 1e-3
+"""Rounding of a token's log-prob, in nats, that people are told of."""
 
 FALL = 0.1
 """Share of its size by which the chosen answers' log-prob may fall before the run warns."""
@@ -33,6 +37,7 @@ def facts(prepared: PreparedRun) -> dict[str, str]:
         "rows": f"{prepared.train_rows} to train on, {len(prepared.held_out)} held out",
         "padding": f"{100 * _padding(prepared):.0f} % of the tokens that are read",
         "optimizations": _optimizations(prepared),
+        "rounding": _rounding(prepared),
         "memory": _memory(prepared),
         "steps": f"{prepared.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
@@ -56,7 +61,8 @@ def warn_of_first_step(prepared: PreparedRun, metrics: dict[str, float]) -> str 
     """
     config, kl = prepared.config, metrics.get("kl/token", 0.0)
     reference = reference_model(config.loss.reference, config.model, config.model.adapter)
-    if reference != config.model or kl <= SAME_FUNCTION:
+    rounding = (SURE * prepared.checked.noise) ** 2  # of log-probs that are off by x, the KL is x²/2
+    if reference != config.model or kl <= max(SAME_FUNCTION, rounding):
         return None
     if config.lora.dropout and config.model.adapter:
         return (
@@ -95,7 +101,20 @@ def _optimizations(prepared: PreparedRun) -> str:
     taken = optimizations_on(prepared.scorer.speed)
     frozen = prepared.scorer.first_adapted > 0
     on = [name.replace("_", " ") for name in taken if name != "activation_cache" or frozen]
-    return f"{', '.join(on)}; off the plain path by {prepared.difference:.1g} nats" if on else "none: the plain path"
+    return (
+        f"{', '.join(on)}; off the plain path by {prepared.checked.difference:.1g} nats"
+        if on
+        else "none: the plain path"
+    )
+
+
+def _rounding(prepared: PreparedRun) -> str:
+    noise = prepared.checked.noise
+    if noise < SAID:
+        return "none that shows"
+    answers = [len(ids) for row in prepared.rows for ids in row.completions]
+    margin = prepared.config.loss.beta * SURE * noise * sqrt(2 * sum(answers) / max(len(answers), 1))
+    return f"moves a token's log-prob by {noise:.2g} nats, so that a margin below {margin:.2g} says nothing"
 
 
 def _memory(prepared: PreparedRun) -> str:

@@ -21,7 +21,7 @@ from mlx_dpo.data.tokenize import TokenizedRow, encode_records
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.activation_cache import ActivationCache
-from mlx_dpo.logprobs.check import check_optimizations
+from mlx_dpo.logprobs.check import Checked, check_optimizations
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.losses.mix import needs_reference, reads_mismatched, row_kind
 from mlx_dpo.models import lora
@@ -51,7 +51,7 @@ class PreparedRun:
     ref_file: Path | None  # where they are kept
     kind: Kind
     total_steps: int
-    difference: float  # of a token's log-prob between the optimizations and the plain path, nats
+    checked: Checked  # how exact the optimizations are, and what rounding does
     plan: Plan | None = None  # of its memory
 
     _epoch: int = -1
@@ -94,9 +94,8 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
     visited = spec.visited
     checkpoint = config.train.grad_checkpoint
     with trainable_gated_delta(loaded.model):  # left again, since planning traces such blocks in a way of its own
-        speed, difference = check_optimizations(
-            loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event
-        )
+        checked = check_optimizations(loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event)
+    speed = checked.speed
     if speed != plan.speed:  # the plan took the model's word for it
         _, plan = _fit_to_machine(replace(spec, config=replace(config, speed=speed)), on_event)
     run_long.enter_context(trainable_gated_delta(loaded.model))
@@ -110,7 +109,7 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
         ref_logps, ref_file = _reference(config, loaded, scorer, adapter, rows, visited, on_event)
     mx.random.seed(config.train.seed)
     return PreparedRun(
-        config, loaded, adapter, scorer, rows, spec.train_rows, ref_logps, ref_file, spec.kind, steps, difference, plan
+        config, loaded, adapter, scorer, rows, spec.train_rows, ref_logps, ref_file, spec.kind, steps, checked, plan
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_dpo.config import LoraConfig, ModelConfig, SpeedConfig
+from mlx_dpo.config import Dtype, LoraConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.events import Warned
 from mlx_dpo.logprobs.activation_cache import ActivationCache
 from mlx_dpo.logprobs.buckets import BUCKET_OVERHEAD
 from mlx_dpo.logprobs.check import check_optimizations
+from mlx_dpo.logprobs.kv_cache import ContinuationKVCache, PrefixKVCache
 from mlx_dpo.logprobs.scorer import OPTIMIZATIONS, STATS, Scorer, optimizations_on, plain_logps
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
@@ -49,8 +51,11 @@ def random_rows(vocabulary: int, seed: int = 0, answers: int = 2) -> list[Tokeni
     ]
 
 
-def adapted_model(folder: Path, arch: str, num_layers: int = 2) -> tuple[nn.Module, int]:
-    loaded = load(ModelConfig(path=str(tiny_model_folder(folder / arch, arch))))
+def adapted_model(
+    folder: Path, arch: str, num_layers: int = 2, compute_dtype: Dtype = "float32", quantize_bits: int | None = None
+) -> tuple[nn.Module, int]:
+    path = tiny_model_folder(folder / arch, arch, quantize_bits=quantize_bits)
+    loaded = load(ModelConfig(path=str(path), compute_dtype=compute_dtype))
     lora.attach(loaded.model, LoraConfig(num_layers=num_layers, rank=4), seed=0)
     keys = iter(mx.random.split(mx.random.key(1), 200))
     weights = [
@@ -243,7 +248,7 @@ def test_rows_cut_at_the_beginning_share_no_prompt_and_stay_exact(tmp_path: Path
 def test_the_check_keeps_the_optimizations_that_hold_and_says_why_one_does_not(arch: str, tmp_path: Path) -> None:
     model, vocabulary = adapted_model(tmp_path, arch)
     said: list[object] = []
-    speed, difference = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
+    speed, difference, _ = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
     assert speed == SpeedConfig(shared_prompt=arch == "llama")
     assert difference < 1e-4
     assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (
@@ -254,18 +259,17 @@ def test_the_check_keeps_the_optimizations_that_hold_and_says_why_one_does_not(a
 @pytest.mark.parametrize("arch", ["llama", "mamba2", "gemma2"])
 def test_settle_holds_log_probs_alone_where_nothing_is_trained(arch: str, tmp_path: Path) -> None:
     loaded = load(ModelConfig(path=str(tiny_model_folder(tmp_path, arch))))
-    speed, difference = check_optimizations(
+    speed, difference, noise = check_optimizations(
         loaded.model, random_rows(len(loaded.tokenizer)), SpeedConfig(activation_cache=False)
     )
     assert speed == SpeedConfig(activation_cache=False, shared_prompt=arch == "llama")
     assert difference < 1e-4
+    assert noise == 0, "float32 on a CPU"
 
 
 def test_the_check_does_not_trust_an_optimization_that_gives_other_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_dpo.logprobs.kv_cache import ContinuationKVCache
-
     model, vocabulary = adapted_model(tmp_path, "llama")
     honest = ContinuationKVCache.make_mask
     monkeypatch.setattr(
@@ -275,20 +279,40 @@ def test_the_check_does_not_trust_an_optimization_that_gives_other_numbers(
     )
     said: list[object] = []
     rows = [row for row in random_rows(vocabulary) if len(row.prompt) > 3]
-    speed, _ = check_optimizations(model, rows, SpeedConfig(), on_event=said.append)
+    speed, *_ = check_optimizations(model, rows, SpeedConfig(), on_event=said.append)
     assert not speed.shared_prompt and speed.activation_cache and speed.chunked_logits
     assert len(said) == 1
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, 0.9])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_the_check_fails_a_gradient_that_is_missing_turned_or_a_tenth_too_small(
+    wrong: float, compute_dtype: Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log-probs stay right: only the gradient by the shared prompt's keys and values is wrong."""
+    model, vocabulary = adapted_model(tmp_path, "llama", compute_dtype=compute_dtype)
+    honest = ContinuationKVCache._picked
+
+    def scaled(self: ContinuationKVCache, buckets: Sequence[mx.array]) -> mx.array:
+        picked = honest(self, buckets)
+        return mx.stop_gradient(picked * (1 - wrong)) + picked * wrong
+
+    monkeypatch.setattr(ContinuationKVCache, "_picked", scaled)
+    said: list[object] = []
+    rows = [row for row in random_rows(vocabulary) if len(row.prompt) > 3]
+    speed, difference, _ = check_optimizations(model, rows, SpeedConfig(), on_event=said.append)
+    assert not speed.shared_prompt and speed.chunked_logits
+    assert difference < 1e-4
+    assert len(said) == 1 and isinstance(said[0], Warned) and "gradients by" in said[0].text
 
 
 def test_settle_reads_in_steps_and_leaves_out_steps_that_give_other_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_dpo.logprobs.kv_cache import PrefixKVCache
-
     model, vocabulary = adapted_model(tmp_path, "llama")
     monkeypatch.setattr(PrefixKVCache, "offset", 0)
     said: list[object] = []
-    speed, _ = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
+    speed, *_ = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
     assert speed == SpeedConfig(prefill_step_size=0)
     assert len(said) == 1 and isinstance(said[0], Warned) and "speed.prefill_step_size" in said[0].text
 
