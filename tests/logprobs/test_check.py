@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_dpo.config import Dtype, LoraConfig, ModelConfig, SpeedConfig
+from mlx_dpo.config import Dtype, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.events import Warned
@@ -22,49 +22,14 @@ from mlx_dpo.logprobs.buckets import BUCKET_OVERHEAD
 from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.kv_cache import ContinuationKVCache, PrefixKVCache
 from mlx_dpo.logprobs.scorer import OPTIMIZATIONS, STATS, Scorer, optimizations_on, plain_logps
-from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
+from support.adapters import adapted_model, random_rows
 from support.tiny_models import TINY_MODELS, tiny_model_folder
 
 NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
 """State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row.
 """
 OFF = SpeedConfig(**OPTIMIZATIONS)
-
-
-def random_rows(vocabulary: int, seed: int = 0, answers: int = 2) -> list[TokenizedRow]:
-    """Rows of unequal prompts and answers, one answer a single token long; past a sliding window of 8."""
-    random = np.random.default_rng(seed)
-
-    def ids(count: int) -> list[int]:
-        return [int(token) for token in random.integers(3, vocabulary, count)]
-
-    return [
-        TokenizedRow(
-            f"row {prompt}",
-            ids(prompt),
-            tuple(ids(3 + 4 * k + prompt % 5 if prompt != 9 or k else 1) for k in range(answers)),
-            (0,) * answers,
-            tuple(float(k + 1) for k in range(answers)),
-        )
-        for prompt in (17, 9, 1, 23)
-    ]
-
-
-def adapted_model(
-    folder: Path, arch: str, num_layers: int = 2, compute_dtype: Dtype = "float32", quantize_bits: int | None = None
-) -> tuple[nn.Module, int]:
-    path = tiny_model_folder(folder / arch, arch, quantize_bits=quantize_bits)
-    loaded = load(ModelConfig(path=str(path), compute_dtype=compute_dtype))
-    lora.attach(loaded.model, LoraConfig(num_layers=num_layers, rank=4), seed=0)
-    keys = iter(mx.random.split(mx.random.key(1), 200))
-    weights = [
-        (name, mx.random.normal(value.shape, scale=0.05, key=next(keys)))
-        for name, value in lora.parameters(loaded.model).items()
-        if name.endswith("lora_b")
-    ]
-    loaded.model.load_weights(weights, strict=False)
-    return loaded.model, len(loaded.tokenizer)
 
 
 def measure(

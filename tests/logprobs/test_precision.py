@@ -10,7 +10,6 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from logprobs.test_check import adapted_model, random_rows
 from mlx_dpo.config import SpeedConfig
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.events import Warned
@@ -18,6 +17,7 @@ from mlx_dpo.logprobs.check import check_optimizations
 from mlx_dpo.logprobs.precision import by_gradient_kernels, in_float32, rounding_noise, without_dropout
 from mlx_dpo.logprobs.scorer import Scorer, plain_logps
 from mlx_dpo.models.gated_delta import trainable_gated_delta
+from support.adapters import adapted_model, random_rows
 from support.emulated_gpu import emulated_gpu
 from support.tiny_models import TINY_MODELS
 

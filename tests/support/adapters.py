@@ -7,6 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dpo.config import Dtype, LoraConfig, ModelConfig
+from mlx_dpo.data.tokenize import TokenizedRow
+from mlx_dpo.models import lora
+from mlx_dpo.models.load import load
+from support.tiny_models import tiny_model_folder
 
 PAIRS = [
     {
@@ -50,3 +58,38 @@ def write_adapter(model: Path, folder: Path, *, kind: str = "lora", size: float 
     config = {"fine_tune_type": kind, "model": str(model), "num_layers": layers, "lora_parameters": parameters}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
+
+
+def random_rows(vocabulary: int, seed: int = 0, answers: int = 2) -> list[TokenizedRow]:
+    """Rows of unequal prompts and answers, one answer a single token long; past a sliding window of 8."""
+    random = np.random.default_rng(seed)
+
+    def ids(count: int) -> list[int]:
+        return [int(token) for token in random.integers(3, vocabulary, count)]
+
+    return [
+        TokenizedRow(
+            f"row {prompt}",
+            ids(prompt),
+            tuple(ids(3 + 4 * k + prompt % 5 if prompt != 9 or k else 1) for k in range(answers)),
+            (0,) * answers,
+            tuple(float(k + 1) for k in range(answers)),
+        )
+        for prompt in (17, 9, 1, 23)
+    ]
+
+
+def adapted_model(
+    folder: Path, arch: str, num_layers: int = 2, compute_dtype: Dtype = "float32", quantize_bits: int | None = None
+) -> tuple[nn.Module, int]:
+    path = tiny_model_folder(folder / arch, arch, quantize_bits=quantize_bits)
+    loaded = load(ModelConfig(path=str(path), compute_dtype=compute_dtype))
+    lora.attach(loaded.model, LoraConfig(num_layers=num_layers, rank=4), seed=0)
+    keys = iter(mx.random.split(mx.random.key(1), 200))
+    weights = [
+        (name, mx.random.normal(value.shape, scale=0.05, key=next(keys)))
+        for name, value in lora.parameters(loaded.model).items()
+        if name.endswith("lora_b")
+    ]
+    loaded.model.load_weights(weights, strict=False)
+    return loaded.model, len(loaded.tokenizer)

@@ -13,6 +13,7 @@ from benchmarks.workers.probe import Probe, read_spec, write_result
 from mlx_dpo.data.batching import Batch, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
 from mlx_dpo.logprobs.activation_cache import ActivationCache
+from mlx_dpo.logprobs.check import Checked
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
@@ -39,7 +40,9 @@ def run(spec: dict[str, Any]) -> None:
         loaded.model, config.speed, checkpoint=config.train.grad_checkpoint, activation_cache=activation_cache
     )
     reference = [[np.zeros(len(ids), np.float32) for ids in row.completions] for row in rows]
-    prepared = PreparedRun(config, loaded, adapter, scorer, rows, len(rows), reference, None, "pair", ROWS, 0.0)
+    prepared = PreparedRun(
+        config, loaded, adapter, scorer, rows, len(rows), reference, None, "pair", ROWS, Checked(config.speed, 0.0)
+    )
     optimizer, state = make_optimizer(config.optim), TrainerState(fingerprint={})
     optimizer.init(loaded.model.trainable_parameters())
     step = make_step(prepared, optimizer)
