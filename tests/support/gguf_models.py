@@ -10,13 +10,27 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from support.tiny_models import tiny_model_folder
+from support.tiny_models import TINY_MODELS, tiny_model_folder
 
 IDS = [3, 41, 7, 99, 150, 12, 200, 31, 8, 77, 260, 5, 64, 18, 120, 222, 9, 45, 301, 13]
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 DENSE = (*ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 EXPERTS = (*ATTENTION, "mlp.switch_mlp.gate_proj", "mlp.switch_mlp.up_proj", "mlp.switch_mlp.down_proj")
 PHI3 = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
+GATED = ("linear_attn.in_proj_qkv", "linear_attn.in_proj_z", "linear_attn.in_proj_a", "linear_attn.in_proj_b")
+GATED_DELTA = (*DENSE, *GATED, "linear_attn.out_proj")
+SHARED = ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj", "mlp.shared_expert.down_proj")
+GATED_EXPERTS = (*EXPERTS, *GATED, "linear_attn.out_proj", *SHARED, "mlp.shared_expert_gate", "mlp.gate")
+GEMMA4 = (*DENSE, "per_layer_input_gate", "per_layer_projection")
+GEMMA4_EXPERTS = (*DENSE, *(f"experts.switch_glu.{part}_proj" for part in ("gate", "up", "down")), "router.proj")
+GPT_OSS = (*ATTENTION, *(f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")), "mlp.router")
+LFM2_MIXERS = (*ATTENTION[:3], "self_attn.out_proj", "conv.in_proj", "conv.out_proj")
+LFM2 = (*LFM2_MIXERS, *(f"feed_forward.w{i}" for i in (1, 2, 3)))
+LFM2_EXPERTS = (
+    *LFM2_MIXERS,
+    *(f"feed_forward.{at}{part}_proj" for at in ("", "switch_mlp.") for part in ("gate", "up", "down")),
+    "feed_forward.gate",
+)
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -29,6 +43,20 @@ LONGROPE = {
     "type": "longrope",
     "short_factor": [1.0 + i / 8 for i in range(8)],
     "long_factor": [1.0 + i for i in range(8)],
+}
+
+GPT_OSS_YARN = YARN | {"factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+GEMMA4_MOE = TINY_MODELS["gemma4"]["text_config"] | {
+    "num_hidden_layers": 6,
+    "num_kv_shared_layers": 0,
+    "hidden_size_per_layer_input": 0,
+    "use_double_wide_mlp": False,
+    "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1,
+    "enable_moe_block": True,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 32,
 }
 
 EXACT, GELU = 2e-4, 0.03  # ggml looks its GELU up in a table of float16
@@ -59,6 +87,24 @@ CASES: dict[str, tuple[str, dict[str, Any], Sequence[str], float]] = {
         PHI3,
         EXACT,
     ),
+    "phi4_mini": (
+        "phi3",
+        {
+            "rope_scaling": LONGROPE | {"short_factor": [1.0] * 6, "long_factor": [1.0 + i for i in range(6)]},
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.75,
+            "tie_word_embeddings": True,
+        },
+        PHI3,
+        EXACT,
+    ),
+    "qwen3_5": ("qwen3_5", {}, GATED_DELTA, EXACT),
+    "qwen3_5_moe": ("qwen3_5_moe", {}, GATED_EXPERTS, EXACT),
+    "gemma4": ("gemma4", {}, GEMMA4, GELU),
+    "gemma4_moe": ("gemma4", {"text_config": GEMMA4_MOE}, GEMMA4_EXPERTS, GELU),
+    "gpt_oss": ("gpt_oss", {"rope_scaling": GPT_OSS_YARN}, GPT_OSS, EXACT),
+    "lfm2": ("lfm2", {}, LFM2, EXACT),
+    "lfm2_moe": ("lfm2_moe", {}, LFM2_EXPERTS, EXACT),
 }
 
 
