@@ -42,6 +42,13 @@ def unpack_blocks(raw: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, n
     return q.reshape(*raw.shape[:-1], -1), scale, bias
 
 
+def unpack_mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take blocks of 32 four-bit floats apart: codes uint8 `[..., columns]`, exponents uint8 `[..., columns / 32]`."""
+    blocks = raw.reshape(*raw.shape[:-1], raw.shape[-1] // 17, 17)
+    codes = np.concatenate([blocks[..., 1:] & 0x0F, blocks[..., 1:] >> 4], axis=-1)
+    return codes.reshape(*raw.shape[:-1], -1), np.ascontiguousarray(blocks[..., 0])
+
+
 def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned `q` uint8 `[..., columns]` as MLX packs it: lowest bits first, uint32 `[..., columns · bits / 32]`."""
     rows = q.reshape(-1, q.shape[-1])

@@ -26,7 +26,7 @@ class Family(NamedTuple):
     """What one family's files say beyond the table, both ways, and what llama.cpp would compute otherwise."""
 
     write: Callable[[Setting], Settings]
-    read: Callable[[Mapping[str, Any]], Settings]  # from a file's settings to config.json's
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Settings]  # config.json's from a file's, and its tensors
     differences: Callable[[Setting], Iterator[str]]
 
 
@@ -50,7 +50,7 @@ def _write_gated_delta(setting: Setting) -> Settings:
     }
 
 
-def _read_gated_delta(fields: Mapping[str, Any]) -> Settings:
+def _read_gated_delta(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> Settings:
     rotated = fields["rope.dimension_count"] / fields["attention.key_length"]
     return {
         "linear_value_head_dim": int(fields["ssm.inner_size"]) // int(fields["ssm.time_step_rank"]),
@@ -92,11 +92,13 @@ def _write_gemma4(setting: Setting) -> Settings:
     return found
 
 
-def _read_gemma4(fields: Mapping[str, Any]) -> Settings:
+def _read_gemma4(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> Settings:
     types = [SLIDING if slides else FULL for slides in fields["attention.sliding_window_pattern"]]
     kv = _per_layer(fields["attention.head_count_kv"], len(types))
     wide = _per_layer(fields["feed_forward_length"], len(types))
     few = {kind: int(kv[types.index(kind)]) for kind in (FULL, SLIDING) if kind in types}
+    factors = tensors["rope_freqs.weight"].data
+    rotated = float(np.sum(np.asarray(factors) == 1.0) / len(factors))
     theta = {FULL: float(fields["rope.freq_base"]), SLIDING: float(fields.get("rope.freq_base_swa", 1e4))}
     return {
         "layer_types": types,
@@ -106,9 +108,12 @@ def _read_gemma4(fields: Mapping[str, Any]) -> Settings:
         "use_double_wide_mlp": wide[-1] != wide[0],
         "global_head_dim": int(fields["attention.key_length"]),
         "head_dim": int(fields["attention.key_length_swa"]),
+        "attention_k_eq_v": not all(
+            f"blk.{i}.attn_v.weight" in tensors for i in range(len(types) - int(fields["attention.shared_kv_layers"]))
+        ),
         "enable_moe_block": "expert_count" in fields,
         "rope_parameters": {
-            FULL: {"rope_type": "proportional", "rope_theta": theta[FULL], "partial_rotary_factor": 0.25},
+            FULL: {"rope_type": "proportional", "rope_theta": theta[FULL], "partial_rotary_factor": rotated},
             SLIDING: {"rope_type": "default", "rope_theta": theta[SLIDING], "partial_rotary_factor": 1.0},
         },
     }
@@ -148,7 +153,7 @@ def _write_lfm2(setting: Setting) -> Settings:
     return found | {"feed_forward_length": wide}
 
 
-def _read_lfm2(fields: Mapping[str, Any]) -> Settings:
+def _read_lfm2(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> Settings:
     kv = _per_layer(fields["attention.head_count_kv"], int(fields["block_count"]))
     found: Settings = {
         "num_key_value_heads": int(max(kv)),
@@ -156,7 +161,7 @@ def _read_lfm2(fields: Mapping[str, Any]) -> Settings:
         "conv_bias": False,
     }
     if "expert_count" in fields:
-        return found
+        return found | {"use_expert_bias": any(name.endswith("exp_probs_b.bias") for name in tensors)}
     return found | {
         "block_dim": int(fields["embedding_length"]),
         "block_ff_dim": int(fields["feed_forward_length"]),
@@ -180,7 +185,7 @@ def _per_layer(value: Any, layers: int) -> Sequence[int]:
     return list(value) if np.ndim(value) else [int(value)] * layers
 
 
-def _nothing(_: Any) -> Settings:
+def _nothing(*_: Any) -> Settings:
     return {}
 
 

@@ -40,6 +40,11 @@ def column_order(setting: Callable[[str], Any], name: str, columns: int) -> np.n
     return None
 
 
+def groups_stay_whole(setting: Callable[[str], Any], name: str, group: int) -> bool:
+    """Whether quantized columns can be moved as they are, by groups of so many: else one would have to be cut."""
+    return column_order(setting, name, 0) is None or setting("linear_value_head_dim") % group == 0
+
+
 def _regrouped(setting: Callable[[str], Any], name: str) -> bool:
     """Whether a tensor has value heads of gated delta attention of which several share a key head."""
     return ".linear_attn." in name and setting("linear_num_value_heads") != setting("linear_num_key_heads")

@@ -21,7 +21,7 @@ from mlx_dpo.gguf.architectures import to_gguf_name
 from mlx_dpo.gguf.base import Base, LoraFolder, open_base, read_lora
 from mlx_dpo.gguf.blocks import GROUP, exact_kind, pack_blocks, unpack_affine
 from mlx_dpo.gguf.config_write import write_config
-from mlx_dpo.gguf.layout import column_order, ggml_shape, moved, row_order, to_ggml_form
+from mlx_dpo.gguf.layout import column_order, ggml_shape, groups_stay_whole, moved, row_order, to_ggml_form
 from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
 
 AdapterType = Literal["f32", "f16"]
@@ -157,10 +157,8 @@ def _kind(base: Base, name: str, gguf_name: str, outtype: ModelType, adapted: bo
         return "F16", False
     if how is None:
         return STORED.get(base.stored[name][1], "F16"), False
-    if how.mode == "affine" and column_order(base.setting, name, shape[-1]) is not None:
-        # groups of columns can only be moved whole
-        if base.setting("linear_value_head_dim") % how.group_size:
-            return "F16", False
+    if not groups_stay_whole(base.setting, name, how.group_size):
+        return "F16", False
     exact = exact_kind(*how, *_scales(base, name, how.mode))
     return exact or "F16", exact is not None
 
