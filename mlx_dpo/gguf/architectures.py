@@ -47,6 +47,7 @@ class Architecture:
     untied_head: bool = True  # whether an output matrix of its own may exist
     own_rounding: float = 0.0  # nats that llama.cpp's own float32 costs: it looks GELU up in a table of float16
     query_scalar_big: tuple[int, int] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
+    add_bos: bool = False  # whether a text begins with a token for it where the folder does not say
     family: str = ""  # entry of families.FAMILIES: what no table says of its settings
     names: Mapping[str, str] = field(default_factory=dict)  # a block's tensors whose names the gguf package lacks
 
@@ -157,6 +158,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         },
         untied_head=False,
         own_rounding=0.1,
+        add_bos=True,
         family="gemma4",
         names={
             "layer_scalar": "layer_output_scale.weight",

@@ -34,6 +34,7 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
     missing = [f"{prefix}.{name}" for name, key in architecture.settings.items() if key in needed and key not in found]
     if missing:
         raise ModelError(f"The GGUF file lacks the settings {', '.join(missing)}.", AGAIN)
+    config["num_hidden_layers"] -= fields.get(f"{prefix}.nextn_predict_layers", 0)  # blocks that mlx-lm leaves out
     config["vocab_size"] = len(fields["tokenizer.ggml.tokens"])
     if "token_embd.weight" in tensors:
         config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])

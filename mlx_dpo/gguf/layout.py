@@ -72,9 +72,7 @@ def to_ggml_form(architecture: Architecture, name: str, values: np.ndarray) -> n
     return values.reshape(ggml_shape(name, values.shape))
 
 
-def to_mlx_form(
-    architecture: Architecture, name: str, values: np.ndarray, shape: tuple[int, ...]
-) -> np.ndarray:
+def to_mlx_form(architecture: Architecture, name: str, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The reverse of `to_ggml_form`, in the `shape` of mlx-lm's model."""
     if architecture.norm_offset and name.endswith("norm.weight"):
         return values - np.float32(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,14 @@ class Target(NamedTuple):
     shapes: Mapping[str, tuple[int, ...]]
 
 
+class Tensor(NamedTuple):
+    """One tensor of a file, as the gguf package gives it."""
+
+    name: str
+    tensor_type: gguf.GGMLQuantizationType
+    data: np.ndarray
+
+
 def import_gguf(
     gguf_path: str | Path,
     output_folder: str | Path,
@@ -80,9 +89,10 @@ def import_gguf(
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
     config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
+    tensors = list(_tensors(reader.tensors, config["num_hidden_layers"], fields))
     _, _, prefix, shapes = text_model(config)
     names = {to_gguf_name(ARCHITECTURES[model_type], name): name for name in shapes}
-    unknown = [t.name for t in reader.tensors if t.name not in names and t.name not in SETTING_TENSORS]
+    unknown = [t.name for t in tensors if t.name not in names and t.name not in SETTING_TENSORS]
     if unknown:
         raise ModelError(
             f"{path}: {len(unknown)} tensors have no place in a {model_type} model: {', '.join(unknown[:8])}.",
@@ -96,7 +106,7 @@ def import_gguf(
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
     with written_whole(folder, folder=True) as beside:
-        modules = _write_weights(reader.tensors, Target(config, prefix, names, shapes), dtype, beside, progress)
+        modules = _write_weights(tensors, Target(config, prefix, names, shapes), dtype, beside, progress)
         if modules:
             counted = Counter(tuple(how.items()) for how in modules.values())
             usual = dict(counted.most_common(1)[0][0])
@@ -116,7 +126,7 @@ def import_gguf(
         name=fields.get("general.name", path.stem),
         tensors=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
         kept_quantized=len(modules),
-        parameters=sum(int(t.n_elements) for t in reader.tensors if t.name in names),
+        parameters=sum(math.prod(shapes[names[t.name]]) for t in tensors if t.name in names),
     )
 
 
@@ -129,8 +139,21 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path} is no GGUF file that can be read: {error}.", "Download it again.") from error
 
 
+def _tensors(found: list[Any], layers: int, fields: Mapping[str, Any]) -> Iterator[Tensor]:
+    """A file's tensors, without blocks that only guess further tokens, and experts' joined matrices in two."""
+    guesses = fields.get(f"{fields['general.architecture']}.nextn_predict_layers", 0)
+    for tensor in found:
+        if guesses and tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= layers:
+            continue
+        if tensor.name.endswith("ffn_gate_up_exps.weight"):
+            for part, half in zip(("gate", "up"), np.split(tensor.data, 2, axis=-2), strict=True):
+                yield Tensor(tensor.name.replace("gate_up", part), tensor.tensor_type, half)
+        else:
+            yield Tensor(tensor.name, tensor.tensor_type, tensor.data)
+
+
 def _write_weights(
-    tensors: list[Any],
+    tensors: list[Tensor],
     target: Target,
     dtype: ImportDtype,
     folder: Path,
@@ -169,7 +192,7 @@ def _write_weights(
     return modules
 
 
-def _convert(tensor: Any, name: str, target: Target, dtype: ImportDtype) -> Iterator[tuple[str, mx.array]]:
+def _convert(tensor: Tensor, name: str, target: Target, dtype: ImportDtype) -> Iterator[tuple[str, mx.array]]:
     """The arrays of one tensor: itself, or weight, scales and biases."""
     architecture, setting = ARCHITECTURES[target.config["model_type"]], target.config.get
     kind = tensor.tensor_type.name

@@ -42,7 +42,7 @@ class ExportReport:
     tensors: dict[str, int]  # how many of each ggml type
     adapted: int  # matrices that the adapter changed, or that the adapter file holds
     not_exact: tuple[str, ...] = ()  # with q4_1: quantized matrices that ggml has no exact kind for, written as F16
-    notes: tuple[str, ...] = ()  # where llama.cpp is known to cut text otherwise than the tokenizer
+    notes: tuple[str, ...] = ()  # what is not in the file, or is known to be otherwise in llama.cpp
 
 
 @dataclass(frozen=True)
@@ -138,9 +138,23 @@ def export_model_gguf(
                 writer.add_array(key, value)
             else:
                 add[type(value)](key, value)
-        notes = write_tokenizer(base.folder, base.shapes["model.embed_tokens.weight"][0], writer)
+        tokens = base.shapes["model.embed_tokens.weight"][0]
+        notes = _left_out(base) + write_tokenizer(base.folder, tokens, writer, base.architecture.add_bos)
         _write(writer, planned, progress)
     return _report(Path(out), planned, adapter, not_exact=tuple(not_exact), notes=tuple(notes))
+
+
+def _left_out(base: Base) -> list[str]:
+    """What the file does not hold or say, in sentences."""
+    senses = [word for key, word in (("vision_config", "images"), ("audio_config", "sound")) if base.config.get(key)]
+    notes = [f"the file holds the text model alone: it cannot read {' or '.join(senses)}"] * bool(senses)
+    if base.model_type == "phi3" and (base.setting("rope_scaling") or {}).get("type") in ("longrope", "su"):
+        original = base.setting("original_max_position_embeddings")
+        notes.append(
+            f"llama.cpp takes longrope's factors for short texts in a context of up to {original} tokens, mlx-lm never "
+            f"does: with --ctx-size {original + 1} or more both compute the same"
+        )
+    return notes
 
 
 def _kind(base: Base, name: str, gguf_name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:

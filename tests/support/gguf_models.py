@@ -103,7 +103,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Sequence[str], float]] = {
     "gemma4": ("gemma4", {}, GEMMA4, GELU),
     "gemma4_moe": ("gemma4", {"text_config": GEMMA4_MOE}, GEMMA4_EXPERTS, GELU),
     "gpt_oss": ("gpt_oss", {"rope_scaling": GPT_OSS_YARN}, GPT_OSS, EXACT),
-    "lfm2": ("lfm2", {}, LFM2, EXACT),
+    "lfm2": ("lfm2", {"block_ff_dim": 200, "block_auto_adjust_ff_dim": True}, LFM2, EXACT),
     "lfm2_moe": ("lfm2_moe", {}, LFM2_EXPERTS, EXACT),
 }
 
@@ -173,3 +173,54 @@ def mlx_log_probs(base: Path, adapter: Path | None, ids: Sequence[int] = IDS) ->
             module.weight = module.weight + rank_scale * (b @ a if a.ndim == 3 else (a @ b).T)
     logits = model(mx.array([list(ids)]))[0].astype(mx.float32)
     return np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+
+
+def as_hugging_face_stores_it(folder: Path) -> Path:
+    """The tensors of a tiny Qwen3.5's or Gemma 4's folder under the names and in the forms of their own repositories."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    qwen = any("linear_attn" in name for name in weights)
+    stored = {"mtp.norm.weight": mx.zeros((2,)), "model.visual.x": mx.zeros((2, 2))} if qwen else {}
+    stored |= {} if qwen else {"model.vision_tower.x": mx.zeros((2, 2))}
+    for name, value in weights.items():
+        if ".switch_" in name:  # experts: two matrices in one
+            if name.endswith("up_proj.weight"):
+                value = mx.concatenate([weights[name.replace("up_proj", "gate_proj")], value], axis=-2)
+                name = name.replace("up_proj", "gate_up_proj")
+            elif "gate_proj" in name:
+                continue
+            name = name.replace("switch_mlp", "experts").replace(".switch_glu", "").removesuffix(".weight")
+        elif qwen and name.endswith("norm.weight") and not name.endswith("linear_attn.norm.weight"):
+            value = value - 1.0
+        elif name.endswith("conv1d.weight"):
+            value = value.swapaxes(1, 2)
+        stored[name.replace("language_model.model.", "model.language_model.").replace("language_model.lm", "lm")] = (
+            value
+        )
+    mx.eval(stored)
+    mx.save_safetensors(str(folder / "model.safetensors"), stored)
+    return folder
+
+
+def gpt_oss_in_four_bit_floats(folder: Path) -> Path:
+    """A tiny gpt-oss whose experts are stored as in its own repository: MXFP4, rows of gate and up in turn."""
+    make_folder(folder, "gpt_oss")
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    stored = {name: value for name, value in weights.items() if ".experts." not in name}
+    for layer in range(4):
+        at = f"model.layers.{layer}.mlp.experts."
+        packed = {
+            part: mx.quantize(weights[f"{at}{part}_proj.weight"], 32, 4, "mxfp4") for part in ("gate", "up", "down")
+        }
+        blocks = {part: w.view(mx.uint8).reshape(*scales.shape, 16) for part, (w, scales) in packed.items()}
+        scales = {part: scales for part, (_, scales) in packed.items()}
+        biases = {part: weights[f"{at}{part}_proj.bias"] for part in packed}
+        for what, parts in (("blocks", blocks), ("scales", scales), ("bias", biases)):
+            both = mx.stack([parts["gate"], parts["up"]], 2).flatten(1, 2)
+            stored |= {f"{at}gate_up_proj_{what}": both, f"{at}down_proj_{what}": parts["down"]}
+    mx.eval(stored)
+    mx.save_safetensors(str(folder / "model.safetensors"), stored)
+    settings = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
+    (folder / "config.json").write_text(json.dumps(settings))
+    return folder
