@@ -102,10 +102,11 @@ class Base:
             return None
         columns = self.shapes[name][-1]
         groups, packed = (self.stored[part][0][-1] for part in (f"{module}.scales", name))
-        said = self.config.get("quantization") or {}
-        mode = {**said, **(said.get(self.prefix + module) or {})}.get("mode", "affine")
-        if f"{module}.biases" not in self.stored and mode == "affine":
-            mode = "mxfp4"  # what mlx-lm takes packed weights without biases to be
+        mode = "affine"
+        if f"{module}.biases" not in self.stored:  # which only affine quantization has
+            said = self.config.get("quantization") or {}
+            own = said.get(self.prefix + module)
+            mode = (own if isinstance(own, dict) else said)["mode"]
         return Quantization(columns // groups, packed * 32 // columns, mode)
 
     def dense(self, name: str) -> np.ndarray:

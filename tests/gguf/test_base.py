@@ -16,7 +16,7 @@ import numpy as np
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.base import open_base
 from mlx_dpo.gguf.write import export_model_gguf
-from support.gguf_models import as_hugging_face_stores_it, make_folder
+from support.gguf_models import as_hugging_face_stores_it, gpt_oss_in_four_bit_floats, make_folder
 from support.tiny_models import tiny_model_folder
 
 
@@ -70,3 +70,22 @@ def test_experts_of_which_one_is_missing(tmp_path: Path) -> None:
     mx.save_safetensors(str(base / "model.safetensors"), weights)
     with pytest.raises(ModelError, match=r"does not find .*experts\.3\.up_proj"):
         open_base(base)
+
+
+def test_how_each_matrix_is_quantized_in_a_folder_of_two_ways(tmp_path: Path) -> None:
+    base = gpt_oss_in_four_bit_floats(tmp_path / "base")
+    experts = "model.layers.0.mlp.experts.up_proj.weight"
+    assert open_base(base).quantization(experts) == (32, 4, "mxfp4")
+    assert open_base(base).quantization("model.layers.0.self_attn.q_proj.weight") is None
+    weights = mx.load(str(base / "model.safetensors"))
+    assert isinstance(weights, dict)
+    name = "model.layers.0.self_attn.q_proj"
+    parts = zip(("weight", "scales", "biases"), mx.quantize(weights[f"{name}.weight"], 64, 8), strict=True)
+    weights |= {f"{name}.{part}": array for part, array in parts}
+    mx.eval(weights)
+    mx.save_safetensors(str(base / "model.safetensors"), weights)
+    settings = json.loads((base / "config.json").read_text())
+    settings["quantization"] = {"group_size": 32, "bits": 4, "mode": "mxfp4", name: {"group_size": 64, "bits": 8}}
+    (base / "config.json").write_text(json.dumps(settings))
+    assert open_base(base).quantization(f"{name}.weight") == (64, 8, "affine")
+    assert open_base(base).quantization(experts) == (32, 4, "mxfp4")

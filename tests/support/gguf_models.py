@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, dict[str, Any], Sequence[str], float]] = {
 
 def make_folder(folder: Path, case: str, **more: Any) -> Path:
     arch, config, _, _ = CASES[case]
-    tiny_model_folder(folder, arch, **{k: v for k, v in config.items() if k != "model_type"}, **more)
+    tiny_model_folder(folder, arch, **{k: v for k, v in config.items() if k != "model_type"} | more)
     if arch == "gemma3":  # the tiny model writes the head that mlx-lm makes before it ties it
         weights = mx.load(str(folder / "model.safetensors"))
         assert isinstance(weights, dict)
@@ -176,7 +176,7 @@ def mlx_log_probs(base: Path, adapter: Path | None, ids: Sequence[int] = IDS) ->
 
 
 def as_hugging_face_stores_it(folder: Path) -> Path:
-    """The tensors of a tiny Qwen3.5's or Gemma 4's folder under the names and in the forms of their own repositories."""
+    """The tensors of a tiny Qwen3.5's or Gemma 4's folder, named and formed as in their own repositories."""
     weights = mx.load(str(folder / "model.safetensors"))
     assert isinstance(weights, dict)
     qwen = any("linear_attn" in name for name in weights)
@@ -216,9 +216,9 @@ def gpt_oss_in_four_bit_floats(folder: Path) -> Path:
         blocks = {part: w.view(mx.uint8).reshape(*scales.shape, 16) for part, (w, scales) in packed.items()}
         scales = {part: scales for part, (_, scales) in packed.items()}
         biases = {part: weights[f"{at}{part}_proj.bias"] for part in packed}
-        for what, parts in (("blocks", blocks), ("scales", scales), ("bias", biases)):
-            both = mx.stack([parts["gate"], parts["up"]], 2).flatten(1, 2)
-            stored |= {f"{at}gate_up_proj_{what}": both, f"{at}down_proj_{what}": parts["down"]}
+        for what, of in (("blocks", blocks), ("scales", scales), ("bias", biases)):
+            both = mx.stack([of["gate"], of["up"]], 2).flatten(1, 2)
+            stored |= {f"{at}gate_up_proj_{what}": both, f"{at}down_proj_{what}": of["down"]}
     mx.eval(stored)
     mx.save_safetensors(str(folder / "model.safetensors"), stored)
     settings = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "mxfp4"}}
