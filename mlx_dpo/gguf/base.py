@@ -26,6 +26,9 @@ ANOTHER_WAY = (
 TEXT_MODELS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text"}
 """What the text model inside a multimodal one is called, where its config.json need not say so."""
 
+WITHOUT_ADAPTERS = ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "conv1d", "conv.conv")
+"""Modules that llama.cpp computes without asking for adapters: it would load the file and leave them out."""
+
 LOW_RANK = ("lora_a", "lora_b")
 
 
@@ -205,8 +208,8 @@ class LoraFolder:
 def read_lora(folder: str | Path, base: Base) -> LoraFolder:
     """Read an mlx-lm or PEFT adapter folder for `base`; no model is loaded.
 
-    Raises ModelError that names all that llama.cpp cannot take: DoRA, LoRA on the embedding or on a tied head, modules
-    that the base does not have; and for a folder that is no adapter.
+    Raises ModelError that names all that llama.cpp cannot take: DoRA, LoRA on embeddings, convolutions or a tied
+    head, modules that the base does not have; and for a folder that is no adapter.
     """
     folder = Path(folder).expanduser()
     paths = {base.prefix + name.rsplit(".", 1)[0] for name in base.shapes}
@@ -215,13 +218,13 @@ def read_lora(folder: str | Path, base: Base) -> LoraFolder:
     problems = []
     if adapter.fine_tune_type == "dora" or any(name.endswith(".m") for name in weights):
         problems.append("it is a 'dora' fine-tune, whose magnitudes (DoRA) llama.cpp's adapters do not know")
-    if "model.embed_tokens" in modules:
-        problems.append("it adapts the embedding, for which llama.cpp has no place")
+    if plain := sorted(module for module in modules if module.endswith(WITHOUT_ADAPTERS)):
+        problems.append(f"it adapts {', '.join(plain)}, which llama.cpp uses without adapters")
     if "lm_head" in modules and "lm_head.weight" not in base.stored:
         problems.append("it adapts the output head of a model whose head is its embedding")
     unknown = sorted(
         module
-        for module in modules - {"model.embed_tokens", "lm_head"}
+        for module in modules - {*plain, "lm_head"}
         if f"{module}.weight" not in base.shapes
         or any(f"{base.prefix}{module}.{half}" not in weights for half in LOW_RANK)
     )

@@ -55,10 +55,9 @@ def write_config(base: Base) -> tuple[Settings, dict[str, np.ndarray]]:
 def _rope(base: Base, dims: int) -> tuple[Settings, dict[str, np.ndarray]]:
     if base.model_type == "gemma4_text":
         whole = base.setting("rope_parameters")[FULL]
-        factors = proportional_factors(
-            base.setting("global_head_dim") or base.setting("head_dim"), whole.get("partial_rotary_factor", 1.0)
-        )
-        return {}, {"rope_freqs.weight": factors}
+        head_dim = base.setting("global_head_dim") or base.setting("head_dim")
+        rotated = whole.get("partial_rotary_factor", 1.0)
+        return {}, {"rope_freqs.weight": proportional_factors(head_dim, rotated)}
     scaling, kind = _rope_scaling(base)
     if kind == "linear":
         return {"type": "linear", "factor": float(scaling["factor"])}, {}

@@ -97,6 +97,7 @@ def _read_gemma4(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> Setti
     kv = _per_layer(fields["attention.head_count_kv"], len(types))
     wide = _per_layer(fields["feed_forward_length"], len(types))
     few = {kind: int(kv[types.index(kind)]) for kind in (FULL, SLIDING) if kind in types}
+    shared = int(fields.get("attention.shared_kv_layers", 0))
     factors = tensors["rope_freqs.weight"].data
     rotated = float(np.sum(np.asarray(factors) == 1.0) / len(factors))
     theta = {FULL: float(fields["rope.freq_base"]), SLIDING: float(fields.get("rope.freq_base_swa", 1e4))}
@@ -108,10 +109,10 @@ def _read_gemma4(fields: Mapping[str, Any], tensors: Mapping[str, Any]) -> Setti
         "use_double_wide_mlp": wide[-1] != wide[0],
         "global_head_dim": int(fields["attention.key_length"]),
         "head_dim": int(fields["attention.key_length_swa"]),
-        "attention_k_eq_v": not all(
-            f"blk.{i}.attn_v.weight" in tensors for i in range(len(types) - int(fields["attention.shared_kv_layers"]))
-        ),
-        "enable_moe_block": "expert_count" in fields,
+        "num_kv_shared_layers": shared,
+        "attention_k_eq_v": not all(f"blk.{i}.attn_v.weight" in tensors for i in range(len(types) - shared)),
+        "enable_moe_block": bool(fields.get("expert_count")),
+        "final_logit_softcapping": fields.get("final_logit_softcapping"),
         "rope_parameters": {
             FULL: {"rope_type": "proportional", "rope_theta": theta[FULL], "partial_rotary_factor": rotated},
             SLIDING: {"rope_type": "default", "rope_theta": theta[SLIDING], "partial_rotary_factor": 1.0},

@@ -82,8 +82,7 @@ def export_adapter_gguf(
         if (scale := _scale_of_experts(base, module)) is not None:
             b = b * scale[:, None, None]
         # ggml computes B (A x) as it stands: B has the base's rows, and A its columns
-        rows = row_order(base.architecture, base.setting, name, base.shapes[name][0])
-        columns = column_order(base.setting, name, base.shapes[name][-1])
+        rows, columns = _orders(base, name, base.shapes[name][-1])
         for half, matrix in (("a", moved(a, None, columns)), ("b", moved(b, rows))):
             theirs = f"{to_gguf_name(base.architecture, name)}.lora_{half}"
             planned.append(Planned(theirs, matrix.shape, kind, partial(_encode, matrix, kind)))
@@ -208,8 +207,8 @@ def _repacked(base: Base, name: str, kind: str) -> np.ndarray:
     how = base.quantization(name)
     assert how is not None
     q = unpack_affine(np.array(base.weights.take(name)), how.bits)
-    scales = [moved(part, *_orders(base, name, part.shape[-1])) for part in _scales(base, name, how.mode)]
-    return pack_blocks(moved(q, *_orders(base, name, q.shape[-1])), *scales, kind)
+    scale, bias = (moved(part, *_orders(base, name, part.shape[-1])) for part in _scales(base, name, how.mode))
+    return pack_blocks(moved(q, *_orders(base, name, q.shape[-1])), scale, bias, kind)
 
 
 def _orders(base: Base, name: str, columns: int) -> tuple[np.ndarray | None, np.ndarray | None]:
