@@ -47,8 +47,8 @@ class Weights:
     matrix) and leaves out what is not of the text model; all of it lazily.
     """
 
-    def __init__(self, folder: Path, model: Any, prefix: str) -> None:
-        self._folder, self._model, self._prefix = folder, model, prefix
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder, self._config = folder, config
         self._left = self._read()
         self.stored = {name: (array.shape, array.dtype) for name, array in self._left.items()}
 
@@ -64,15 +64,16 @@ class Weights:
             found |= read_weights(file)
         if not found:
             raise ModelError(f"{self._folder} holds no model*.safetensors.", "Give the folder of a model.")
-        if hasattr(self._model, "sanitize"):
+        model, _, prefix, _ = text_model(self._config)  # a new one: some of them can put in order but once
+        if hasattr(model, "sanitize"):
             try:
-                found = self._model.sanitize(found)
+                found = model.sanitize(found)
             except (KeyError, ValueError, IndexError) as error:
                 raise ModelError(
                     f"{self._folder}: mlx-lm does not find what it looks for among the tensors: {error!r}.",
                     "Give a complete folder that mlx-lm loads.",
                 ) from error
-        return {name.removeprefix(self._prefix): array for name, array in found.items() if "inv_freq" not in name}
+        return {name.removeprefix(prefix): array for name, array in found.items() if "inv_freq" not in name}
 
 
 @dataclass(frozen=True)
@@ -149,8 +150,8 @@ def open_base(folder: str | Path) -> Base:
             f"{folder} is quantized in the format {elsewhere.get('quant_method')!r}, which is not MLX's.",
             "Turn it into an MLX folder first: mlx_lm.convert --hf-path FOLDER --mlx-path NEW_FOLDER",
         )
-    model, args, prefix, shapes = text_model(config)
-    weights = Weights(folder, model, prefix)
+    _, args, prefix, shapes = text_model(config)
+    weights = Weights(folder, config)
     _check_names(folder, shapes, weights.stored)
     config = {**config, **(config.get("text_config") or {}), "quantization": quantized}
     return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, weights, prefix)
@@ -158,10 +159,15 @@ def open_base(folder: str | Path) -> Base:
 
 def text_model(config: Mapping[str, Any]) -> tuple[Any, Any, str, dict[str, tuple[int, ...]]]:
     """mlx-lm's model for a config.json, its text model's ModelArgs, what names of the text model's parameters begin
-    with in it, and their shapes, not quantized, by name without that."""
+    with in it, and their shapes, not quantized, by name without that. Raises ModelError where mlx-lm has no such model.
+    """
     from mlx_lm.utils import MODEL_REMAPPING
 
-    module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(config["model_type"], config["model_type"]))
+    kind = config["model_type"]
+    try:
+        module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(kind, kind))
+    except ImportError as error:
+        raise ModelError(f"mlx-lm has no model of type {kind!r}.", "Give a folder that mlx-lm loads.") from error
     # it writes into what it is given
     model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(dict(config))))
     prefix = "language_model." if hasattr(model, "language_model") else ""

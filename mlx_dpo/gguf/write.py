@@ -105,8 +105,8 @@ def export_model_gguf(
     """Write a model, with an adapter fused into it in float32, as a GGUF file.
 
     `q4_1` keeps the base's own bits wherever ggml has a kind that holds them exactly (4-bit affine as Q4_1, 5-bit as
-    Q5_1, 8-bit as Q8_0 where it fits, and 16-bit as it is); adapted matrices become F16, since requantizing them would
-    round the tuning away. In the other types every matrix gets that type; vectors and routers stay F32.
+    Q5_1, 8-bit as Q8_0 where it fits, MXFP4 and 16-bit as they are); adapted matrices become F16, since requantizing
+    them would round the tuning away. In the other types every matrix gets that type; vectors and routers stay F32.
     Raises ModelError for what llama.cpp would compute otherwise, with the other way; UsageError when `out` exists or
     when q4_1 is asked of a base that is not quantized.
     """

@@ -54,6 +54,14 @@ def test_a_folder_as_hugging_face_stores_it_gives_the_same_file(case: str, tmp_p
         np.testing.assert_allclose(theirs[name], data, atol=1e-6, err_msg=name)
 
 
+def test_a_text_model_inside_one_that_mlx_lm_does_not_know(tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", "llama")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({"model_type": "klingon_vl", "text_config": config}))
+    with pytest.raises(ModelError, match="no model of type 'klingon_vl'"):
+        open_base(base)
+
+
 def test_a_tensor_can_be_taken_again(tmp_path: Path) -> None:
     weights = open_base(tiny_model_folder(tmp_path / "base", "llama")).weights
     first, again = (weights.take("model.norm.weight") for _ in range(2))

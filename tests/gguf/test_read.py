@@ -40,7 +40,7 @@ def test_a_folder_written_and_read_back_computes_the_same(case: str, tmp_path: P
     np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "llama", "qwen3_moe", *NEWER])
+@pytest.mark.parametrize("case", ["llama_tied", "llama", "qwen3_moe", "gemma3", *NEWER])
 def test_four_bit_weights_go_out_and_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", case, quantize_bits=4)
     _round_scales_to_half(base)
