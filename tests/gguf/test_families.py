@@ -13,7 +13,7 @@ from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.families import FAMILIES, NOT_ROTATED, proportional_factors
 from mlx_dpo.gguf.write import export_model_gguf
 from support.gguf_models import make_folder
-from support.tiny_models import TINY_MODELS
+from support.tiny_models import MORE_TINY_MODELS, TINY_MODELS
 
 
 def test_a_quarter_of_the_frequencies_turn() -> None:
@@ -49,8 +49,9 @@ def test_lfm2s_hidden_layer_is_as_wide_as_mlx_lm_makes_it() -> None:
     ],
 )
 def test_what_llama_cpp_takes_for_granted(case: str, config: dict[str, Any], reason: str, tmp_path: Path) -> None:
-    if "text_config" in TINY_MODELS[case]:
-        config = {"text_config": TINY_MODELS[case]["text_config"] | config}
+    tiny = (TINY_MODELS | MORE_TINY_MODELS)[case]
+    if "text_config" in tiny:
+        config = {"text_config": tiny["text_config"] | config}
     base = make_folder(tmp_path / "base", case, **config)
     with pytest.raises(ModelError, match=reason):
         export_model_gguf(base, None, tmp_path / "model.gguf", "f16")

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from support.tiny_models import TINY_MODELS, tiny_model_folder
+from support.tiny_models import MORE_TINY_MODELS, tiny_model_folder
 
 IDS = [3, 41, 7, 99, 150, 12, 200, 31, 8, 77, 260, 5, 64, 18, 120, 222, 9, 45, 301, 13]
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -46,7 +46,7 @@ LONGROPE = {
 }
 
 GPT_OSS_YARN = YARN | {"factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-GEMMA4_MOE = TINY_MODELS["gemma4"]["text_config"] | {
+GEMMA4_MOE = MORE_TINY_MODELS["gemma4"]["text_config"] | {
     "num_hidden_layers": 6,
     "num_kv_shared_layers": 0,
     "hidden_size_per_layer_input": 0,
