@@ -63,7 +63,9 @@ def export_gguf(
 def write_fused_gguf(trained: Trained, file: Path, outtype: ModelType, *, verify: bool) -> VerifyReport | None:
     """Writes what was trained as one GGUF file and, where it can, checks it in llama.cpp; raises as `export_gguf`."""
     base = model_folder(trained.model.path, trained.model.revision)
-    export_model_gguf(base, trained.model.adapter, file, outtype, _shown(trained.on_event, "writing GGUF"))
+    report = export_model_gguf(base, trained.model.adapter, file, outtype, _shown(trained.on_event, "writing GGUF"))
+    for note in report.notes:
+        trained.on_event(Warned(note))
     return verify_gguf(trained, file, outtype) if verify and runtime_installed() else None
 
 

@@ -47,6 +47,9 @@ class Architecture:
     untied_head: bool = True  # whether an output matrix of its own may exist
     own_rounding: float = 0.0  # nats that llama.cpp's own float32 costs: it looks GELU up in a table of float16
     query_scalar_big: tuple[int, int] | None = None  # (layers, scalar) of the one size whose scalar is not head_dim
+    add_bos: bool = False  # whether a text begins with a token for it where the folder does not say
+    family: str = ""  # entry of families.FAMILIES: what no table says of its settings
+    names: Mapping[str, str] = field(default_factory=dict)  # a block's tensors whose names the gguf package lacks
 
 
 GEMMAS: dict[str, Any] = {
@@ -54,6 +57,28 @@ GEMMAS: dict[str, Any] = {
     "untied_head": False,
     "own_rounding": 0.1,  # 0.01 was seen on random models, 0.05 on a tuned gemma 3 of 270 M parameters
 }
+
+GATED_DELTA: dict[str, Any] = {
+    "family": "gated_delta",
+    "names": {"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"},
+}
+SSM_SETTINGS = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "full_attention_interval": "full_attention_interval",
+}
+EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+}
+LFM2_SETTINGS = {
+    key: name
+    for key, name in COMMON_SETTINGS.items()
+    if key not in ("feed_forward_length", "attention.head_count_kv", "attention.key_length")
+} | {"attention.layer_norm_rms_epsilon": "norm_eps", "shortconv.l_cache": "conv_L_cache"}
 
 ARCHITECTURES: dict[str, Architecture] = {
     "llama": Architecture(gguf="llama", model_class="LlamaForCausalLM", interleaved_rope=True),
@@ -69,12 +94,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "qwen3_moe": Architecture(
         gguf="qwen3moe",
         model_class="Qwen3MoeForCausalLM",
-        settings=COMMON_SETTINGS
-        | {
-            "expert_count": "num_experts",
-            "expert_used_count": "num_experts_per_tok",
-            "expert_feed_forward_length": "moe_intermediate_size",
-        },
+        settings=COMMON_SETTINGS | EXPERTS,
         constants={"decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True},
     ),
     "gemma": Architecture(gguf="gemma", model_class="GemmaForCausalLM", **GEMMAS),
@@ -103,6 +123,79 @@ ARCHITECTURES: dict[str, Architecture] = {
         model_class="Phi3ForCausalLM",
         settings={k: v for k, v in COMMON_SETTINGS.items() if v != "head_dim"} | SLIDING,
     ),
+    "qwen3_5": Architecture(
+        gguf="qwen35",
+        model_class="Qwen3_5ForCausalLM",
+        settings=COMMON_SETTINGS | SSM_SETTINGS,
+        **GATED_DELTA,
+    ),
+    "qwen3_5_moe": Architecture(
+        gguf="qwen35moe",
+        model_class="Qwen3_5MoeForCausalLM",
+        settings=COMMON_SETTINGS
+        | SSM_SETTINGS
+        | EXPERTS
+        | {"expert_shared_feed_forward_length": "shared_expert_intermediate_size"},
+        constants={"decoder_sparse_step": 1, "norm_topk_prob": True},
+        **GATED_DELTA,
+    ),
+    "gemma4_text": Architecture(
+        gguf="gemma4",
+        model_class="Gemma4ForCausalLM",
+        settings={
+            key: name
+            for key, name in COMMON_SETTINGS.items()
+            if name not in ("head_dim", "rope_theta", "intermediate_size", "num_key_value_heads")
+        }
+        | SLIDING
+        | {
+            "final_logit_softcapping": "final_logit_softcapping",
+            "attention.shared_kv_layers": "num_kv_shared_layers",
+            "embedding_length_per_layer_input": "hidden_size_per_layer_input",
+            "expert_count": "num_experts",
+            "expert_used_count": "top_k_experts",
+            "expert_feed_forward_length": "moe_intermediate_size",
+        },
+        untied_head=False,
+        own_rounding=0.1,
+        add_bos=True,
+        family="gemma4",
+        names={
+            "layer_scalar": "layer_output_scale.weight",
+            "router.scale": "ffn_gate_inp.scale",
+            "router.per_expert_scale": "ffn_down_exps.scale",
+            "experts.switch_glu.gate_proj.weight": "ffn_gate_exps.weight",
+            "experts.switch_glu.up_proj.weight": "ffn_up_exps.weight",
+            "experts.switch_glu.down_proj.weight": "ffn_down_exps.weight",
+        },
+    ),
+    "gpt_oss": Architecture(
+        gguf="gpt-oss",
+        model_class="GptOssForCausalLM",
+        settings=COMMON_SETTINGS
+        | SLIDING
+        | {
+            "expert_count": "num_local_experts",
+            "expert_used_count": "num_experts_per_tok",
+            "expert_feed_forward_length": "intermediate_size",
+        },
+        family="gpt_oss",
+        names={"self_attn.sinks": "attn_sinks.weight"},
+    ),
+    "lfm2": Architecture(
+        gguf="lfm2", model_class="Lfm2ForCausalLM", settings=LFM2_SETTINGS, untied_head=False, family="lfm2"
+    ),
+    "lfm2_moe": Architecture(
+        gguf="lfm2moe",
+        model_class="Lfm2MoeForCausalLM",
+        settings=LFM2_SETTINGS
+        | EXPERTS
+        | {"feed_forward_length": "intermediate_size", "leading_dense_block_count": "num_dense_layers"},
+        constants={"norm_topk_prob": True, "conv_bias": False},
+        untied_head=False,
+        family="lfm2",
+        names={"feed_forward.expert_bias": "exp_probs_b.bias"},
+    ),
 }
 
 
@@ -113,14 +206,21 @@ def model_type_of(gguf_architecture: str) -> str | None:
 
 def to_gguf_name(architecture: Architecture, name: str) -> str | None:
     """`model.layers.3.self_attn.q_proj.weight` as `blk.3.attn_q.weight`; None for what a file has no place for."""
+    layer = LAYER.search(name)
+    if layer and (own := architecture.names.get(name[layer.end() :])):
+        return f"blk.{layer[1]}.{own}"
     stem, _, kind = name.rpartition(".")
-    layer = LAYER.search(stem)
     # the package's map is made for so many layers; mlx-lm has one tensor for all experts, and a name for it of its own
-    names = name_map(gguf.MODEL_ARCH[architecture.gguf.upper()], 1)
+    names = name_map(_package_names(architecture.gguf), 1)
     found = names.get_name(LAYER.sub("layers.0.", stem).replace(".switch_mlp.", ".experts."))
     if found is None:
         return None
     return f"{found.replace('blk.0.', f'blk.{layer[1]}.') if layer else found}.{kind}"
+
+
+def _package_names(gguf_architecture: str) -> Any:
+    """The gguf package's own word for a file's `general.architecture`."""
+    return next(arch for arch, name in gguf.MODEL_ARCH_NAMES.items() if name == gguf_architecture)
 
 
 def llama3_factors(head_dim: int, theta: float, scaling: Mapping[str, Any]) -> np.ndarray:

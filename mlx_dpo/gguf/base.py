@@ -3,9 +3,9 @@ which of its matrices an adapter changes, by what B A."""
 
 from __future__ import annotations
 
+import copy
 import importlib
-import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,13 @@ ANOTHER_WAY = (
     "Fuse the adapter into a plain folder with `mlx-dpo fuse`, then try llama.cpp's converter on it: "
     "python convert_hf_to_gguf.py FUSED_FOLDER --outfile model.gguf"
 )
-NOT_OF_THE_TEXT_MODEL = ("vision_tower.", "multi_modal_projector.")
+TEXT_MODELS = {"gemma3": "gemma3_text", "gemma4": "gemma4_text", "gemma4_unified": "gemma4_text"}
+"""What the text model inside a multimodal one is called, where its config.json need not say so."""
+
+WITHOUT_ADAPTERS = ("embed_tokens", "embed_tokens_per_layer", "per_layer_model_projection", "conv1d", "conv.conv")
+"""Modules that llama.cpp computes without asking for adapters: it would load the file and leave them out."""
+
 LOW_RANK = ("lora_a", "lora_b")
-EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(gate_proj|up_proj|down_proj)\.weight")
 
 
 class Quantization(NamedTuple):
@@ -34,6 +38,42 @@ class Quantization(NamedTuple):
     group_size: int
     bits: int
     mode: str
+
+
+class Weights:
+    """A folder's tensors under mlx-lm's names and in its shapes; each is read when it is taken, and not kept.
+
+    mlx-lm's own model puts in order what Hugging Face stores otherwise (experts one by one, norms less 1, parts in one
+    matrix) and leaves out what is not of the text model; all of it lazily.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        self._folder, self._config = folder, config
+        self._left = self._read()
+        self.stored = {name: (array.shape, array.dtype) for name, array in self._left.items()}
+
+    def take(self, name: str) -> mx.array:
+        """One tensor, loaded now."""
+        if name not in self._left:  # it has been taken before, and was not kept
+            self._left = self._read()
+        return self._left.pop(name)
+
+    def _read(self) -> dict[str, mx.array]:
+        found: dict[str, mx.array] = {}
+        for file in sorted(self._folder.glob("model*.safetensors")):
+            found |= read_weights(file)
+        if not found:
+            raise ModelError(f"{self._folder} holds no model*.safetensors.", "Give the folder of a model.")
+        model, _, prefix, _ = text_model(self._config)  # a new one: some of them can put in order but once
+        if hasattr(model, "sanitize"):
+            try:
+                found = model.sanitize(found)
+            except (KeyError, ValueError, IndexError) as error:
+                raise ModelError(
+                    f"{self._folder}: mlx-lm does not find what it looks for among the tensors: {error!r}.",
+                    "Give a complete folder that mlx-lm loads.",
+                ) from error
+        return {name.removeprefix(prefix): array for name, array in found.items() if "inv_freq" not in name}
 
 
 @dataclass(frozen=True)
@@ -46,7 +86,7 @@ class Base:
     config: Mapping[str, Any]  # of the text model
     args: Any  # mlx-lm's ModelArgs: the config with mlx-lm's defaults
     shapes: Mapping[str, tuple[int, ...]]  # of the model's parameters, not quantized
-    files: Mapping[str, list[tuple[Path, str]]]  # where each tensor lies; several: to be stacked
+    weights: Weights
     prefix: str  # what names of adapter modules begin with beside the text model's names
 
     def setting(self, key: str) -> Any:
@@ -54,29 +94,32 @@ class Base:
         value = getattr(self.args, key, None)
         return self.config.get(key) if value is None else value
 
-    def array(self, name: str) -> mx.array:
-        """One tensor, loaded now and not kept."""
-        parts = [read_weights(file)[key] for file, key in self.files[name]]
-        return parts[0] if len(parts) == 1 else mx.stack(parts)
+    @property
+    def stored(self) -> Mapping[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and dtype of each tensor as the folder has it, packed where it is quantized."""
+        return self.weights.stored
 
     def quantization(self, name: str) -> Quantization | None:
         """How the weight `name` is quantized; None when it is not."""
         module = name.removesuffix(".weight")
-        if not name.endswith(".weight") or f"{module}.scales" not in self.files:
+        if not name.endswith(".weight") or f"{module}.scales" not in self.stored:
             return None
         columns = self.shapes[name][-1]
-        scales = self.array(f"{module}.scales")
-        said = self.config.get("quantization") or {}
-        mode = {**said, **(said.get(self.prefix + module) or {})}.get("mode", "affine")
-        return Quantization(columns // scales.shape[-1], self.array(name).shape[-1] * 32 // columns, mode)
+        groups, packed = (self.stored[part][0][-1] for part in (f"{module}.scales", name))
+        mode = "affine"
+        if f"{module}.biases" not in self.stored:  # which only affine quantization has
+            said = self.config.get("quantization") or {}
+            own = said.get(self.prefix + module)
+            mode = (own if isinstance(own, dict) else said)["mode"]
+        return Quantization(columns // groups, packed * 32 // columns, mode)
 
     def dense(self, name: str) -> np.ndarray:
         """One tensor in float32, dequantized in float32."""
-        weight, how = self.array(name), self.quantization(name)
+        weight, how = self.weights.take(name), self.quantization(name)
         if how is not None:
             module = name.removesuffix(".weight")
-            biases = self.array(f"{module}.biases") if how.mode == "affine" else None
-            weight = unpacked(weight, self.array(f"{module}.scales"), biases, *how)
+            biases = self.weights.take(f"{module}.biases") if how.mode == "affine" else None
+            weight = unpacked(weight, self.weights.take(f"{module}.scales"), biases, *how)
         return np.array(weight.astype(mx.float32))
 
 
@@ -88,64 +131,55 @@ def open_base(folder: str | Path) -> Base:
     """
     folder = Path(folder)
     config = read_json(folder / "config.json", "Give the folder of a model that mlx-lm loads.")
-    quantized_elsewhere = "quantization" not in config and config.get("quantization_config")
-    quantization = config.get("quantization")
-    prefix = ""
-    if "text_config" in config:
-        prefix = "language_model."
-        vocab_size = {"vocab_size": config["vocab_size"]} if "vocab_size" in config else {}
-        config = {**config["text_config"], **vocab_size, "quantization": quantization}
-    model_type = config.get("model_type", "")
-    if model_type not in ARCHITECTURES:
+    quantized = config.get("quantization")
+    elsewhere = config.get("quantization_config") if quantized is None else None
+    if elsewhere and elsewhere.get("quant_method") == "mxfp4":  # which MLX reads as it is
+        quantized, elsewhere = {"group_size": 32, "bits": 4, "mode": "mxfp4"}, None
+    text_type = (config.get("text_config") or {}).get("model_type", "")
+    outer_type = config.get("model_type", "")
+    names = (outer_type, TEXT_MODELS.get(outer_type, text_type))
+    model_type = next((name for name in names if name in ARCHITECTURES), None)
+    if model_type is None:
         raise ModelError(
-            f"{folder}: models of type {model_type!r} are not written as GGUF here; those that are: "
+            f"{folder}: models of type {outer_type!r} are not written as GGUF here; those that are: "
             f"{', '.join(ARCHITECTURES)}.",
             ANOTHER_WAY,
         )
-    if quantized_elsewhere:
+    if elsewhere:
         raise ModelError(
-            f"{folder} is quantized in the format {quantized_elsewhere.get('quant_method')!r}, which is not MLX's.",
+            f"{folder} is quantized in the format {elsewhere.get('quant_method')!r}, which is not MLX's.",
             "Turn it into an MLX folder first: mlx_lm.convert --hf-path FOLDER --mlx-path NEW_FOLDER",
         )
-    args, shapes = text_model(model_type, config)
-    files = _find_tensors(folder, prefix)
-    _check_names(folder, shapes, files)
-    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, files, prefix)
+    _, args, prefix, shapes = text_model(config)
+    weights = Weights(folder, config)
+    _check_names(folder, shapes, weights.stored)
+    config = {**config, **(config.get("text_config") or {}), "quantization": quantized}
+    return Base(folder, ARCHITECTURES[model_type], model_type, config, args, shapes, weights, prefix)
 
 
-def text_model(model_type: str, config: Mapping[str, Any]) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    """mlx-lm's ModelArgs for a model of this kind, and the shapes of its parameters, not quantized, by name."""
+def text_model(config: Mapping[str, Any]) -> tuple[Any, Any, str, dict[str, tuple[int, ...]]]:
+    """mlx-lm's model for a config.json, its text model's ModelArgs, what names of the text model's parameters begin
+    with in it, and their shapes, not quantized, by name without that. Raises ModelError where mlx-lm has no such model.
+    """
     from mlx_lm.utils import MODEL_REMAPPING
 
-    module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(model_type, model_type))
-    args = module.ModelArgs.from_dict(config)
+    kind = config["model_type"]
+    try:
+        module = importlib.import_module("mlx_lm.models." + MODEL_REMAPPING.get(kind, kind))
+    except ImportError as error:
+        raise ModelError(f"mlx-lm has no model of type {kind!r}.", "Give a folder that mlx-lm loads.") from error
+    # it writes into what it is given
+    model = module.Model(module.ModelArgs.from_dict(copy.deepcopy(dict(config))))
+    prefix = "language_model." if hasattr(model, "language_model") else ""
+    args = getattr(model, "language_model", model).args
     # Arrays of a model just made are lazy: this takes their shapes and no memory.
-    return args, {name: array.shape for name, array in flat(module.Model(args).parameters()).items()}
+    shapes = {name.removeprefix(prefix): array.shape for name, array in flat(model.parameters()).items()}
+    return model, args, prefix, shapes
 
 
-def _find_tensors(folder: Path, prefix: str) -> dict[str, list[tuple[Path, str]]]:
-    found: dict[str, list[tuple[Path, str]]] = {}
-    experts: dict[str, dict[int, tuple[Path, str]]] = {}
-    for file in sorted(folder.glob("model*.safetensors")):
-        for key in read_weights(file):
-            name = key.removeprefix(prefix)
-            if key.startswith(NOT_OF_THE_TEXT_MODEL) or "rotary_emb.inv_freq" in key:
-                continue
-            if match := EXPERT.fullmatch(name):  # Hugging Face has a tensor an expert, mlx-lm and ggml one for all
-                stacked = f"{match[1]}.switch_mlp.{match[3]}.weight"
-                experts.setdefault(stacked, {})[int(match[2])] = (file, key)
-            else:
-                found[name] = [(file, key)]
-    return found | {name: [parts[i] for i in sorted(parts)] for name, parts in experts.items()}
-
-
-def _check_names(
-    folder: Path, shapes: Mapping[str, tuple[int, ...]], files: Mapping[str, list[tuple[Path, str]]]
-) -> None:
-    if not files:
-        raise ModelError(f"{folder} holds no model*.safetensors.", "Give the folder of a model.")
-    missing = [name for name in shapes if name not in files and name != "lm_head.weight"]
-    strange = [name for name in files if name not in shapes and not name.endswith((".scales", ".biases"))]
+def _check_names(folder: Path, shapes: Mapping[str, tuple[int, ...]], stored: Collection[str]) -> None:
+    missing = [name for name in shapes if name not in stored and name != "lm_head.weight"]
+    strange = [name for name in stored if name not in shapes and not name.endswith((".scales", ".biases"))]
     strange = [name for name in strange if name != "lm_head.weight"]  # a tied model's copy of its embedding
     wrong = [f"lacks {', '.join(missing[:5])}"] * bool(missing) + [f"has {', '.join(strange[:5])}"] * bool(strange)
     if wrong:
@@ -180,8 +214,8 @@ class LoraFolder:
 def read_lora(folder: str | Path, base: Base) -> LoraFolder:
     """Read an mlx-lm or PEFT adapter folder for `base`; no model is loaded.
 
-    Raises ModelError that names all that llama.cpp cannot take: DoRA, LoRA on the embedding or on a tied head, modules
-    that the base does not have; and for a folder that is no adapter.
+    Raises ModelError that names all that llama.cpp cannot take: DoRA, LoRA on embeddings, convolutions or a tied
+    head, modules that the base does not have; and for a folder that is no adapter.
     """
     folder = Path(folder).expanduser()
     paths = {base.prefix + name.rsplit(".", 1)[0] for name in base.shapes}
@@ -190,13 +224,13 @@ def read_lora(folder: str | Path, base: Base) -> LoraFolder:
     problems = []
     if adapter.fine_tune_type == "dora" or any(name.endswith(".m") for name in weights):
         problems.append("it is a 'dora' fine-tune, whose magnitudes (DoRA) llama.cpp's adapters do not know")
-    if "model.embed_tokens" in modules:
-        problems.append("it adapts the embedding, for which llama.cpp has no place")
-    if "lm_head" in modules and "lm_head.weight" not in base.files:
+    if plain := sorted(module for module in modules if module.endswith(WITHOUT_ADAPTERS)):
+        problems.append(f"it adapts {', '.join(plain)}, which llama.cpp uses without adapters")
+    if "lm_head" in modules and "lm_head.weight" not in base.stored:
         problems.append("it adapts the output head of a model whose head is its embedding")
     unknown = sorted(
         module
-        for module in modules - {"model.embed_tokens", "lm_head"}
+        for module in modules - {*plain, "lm_head"}
         if f"{module}.weight" not in base.shapes
         or any(f"{base.prefix}{module}.{half}" not in weights for half in LOW_RANK)
     )

@@ -6,8 +6,6 @@ bias = m. Its `_0` blocks store d alone and centre q: bias = -2^(bits - 1) · d,
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 GROUP = 32
@@ -44,6 +42,13 @@ def unpack_blocks(raw: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray, n
     return q.reshape(*raw.shape[:-1], -1), scale, bias
 
 
+def unpack_mxfp4(raw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Take blocks of 32 four-bit floats apart: codes uint8 `[..., columns]`, exponents uint8 `[..., columns / 32]`."""
+    blocks = raw.reshape(*raw.shape[:-1], raw.shape[-1] // 17, 17)
+    codes = np.concatenate([blocks[..., 1:] & 0x0F, blocks[..., 1:] >> 4], axis=-1)
+    return codes.reshape(*raw.shape[:-1], -1), np.ascontiguousarray(blocks[..., 0])
+
+
 def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
     """Unsigned `q` uint8 `[..., columns]` as MLX packs it: lowest bits first, uint32 `[..., columns · bits / 32]`."""
     rows = q.reshape(-1, q.shape[-1])
@@ -55,16 +60,6 @@ def pack_affine(q: np.ndarray, bits: int) -> np.ndarray:
         planes = (rows[..., None] >> np.arange(bits, dtype=np.uint8)) & 1
         packed = np.packbits(planes.reshape(rows.shape[0], -1), axis=-1, bitorder="little")
     return np.ascontiguousarray(packed).view(np.uint32).reshape(*q.shape[:-1], -1)
-
-
-def interleave_rope(rows: Any, heads: int) -> Any:
-    """Rows `[heads · head_dim, ...]` of a query or key matrix from halves (Hugging Face) to neighbours (ggml)."""
-    return rows.reshape(heads, 2, -1, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
-
-
-def separate_rope(rows: Any, heads: int) -> Any:
-    """The reverse of `interleave_rope`: from neighbours (ggml) to halves (Hugging Face)."""
-    return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
 def unpack_affine(packed: np.ndarray, bits: int) -> np.ndarray:
@@ -84,8 +79,10 @@ def exact_kind(group_size: int, bits: int, mode: str, scale: np.ndarray, bias: n
     """The ggml kind that holds an affine-quantized matrix with no weight changed; None where there is none.
 
     `scale` and `bias` are float32 `[..., groups]`. ggml keeps them in float16, so each must have one; Q8_0 keeps no
-    bias, so it must be -128 · scale.
+    bias, so it must be -128 · scale. MXFP4 is one format in both, with exponents for scales.
     """
+    if mode == "mxfp4":
+        return "MXFP4"
     if mode != "affine" or group_size % GROUP or bits not in (4, 5, 8):
         return None
     if not np.array_equal(scale.astype(np.float16).astype(np.float32), scale):
@@ -103,6 +100,9 @@ def pack_blocks(q: np.ndarray, scale: np.ndarray, bias: np.ndarray, kind: str) -
     blocks = q.reshape(*q.shape[:-1], -1, GROUP)
     repeat = blocks.shape[-2] // scale.shape[-1]
 
+    if kind == "MXFP4":
+        return np.concatenate([scale[..., None], _nibbles(blocks)], axis=-1).reshape(*q.shape[:-1], -1)
+
     def halves(values: np.ndarray) -> np.ndarray:
         return np.repeat(values.astype(np.float16), repeat, axis=-1)[..., None].view(np.uint8)
 
@@ -112,6 +112,11 @@ def pack_blocks(q: np.ndarray, scale: np.ndarray, bias: np.ndarray, kind: str) -
     else:
         if kind == "Q5_1":
             parts.append(np.packbits(blocks >> 4, axis=-1, bitorder="little"))
-        parts.append((blocks[..., :16] & 0x0F) | (blocks[..., 16:] << 4))
+        parts.append(_nibbles(blocks))
     joined = np.concatenate(parts, axis=-1)
     return joined.reshape(*q.shape[:-1], -1)
+
+
+def _nibbles(blocks: np.ndarray) -> np.ndarray:
+    """The low four bits of 32 elements in 16 bytes: byte j holds element j, and element j + 16 in its high half."""
+    return (blocks[..., :16] & 0x0F) | (blocks[..., 16:] << 4)

@@ -9,7 +9,9 @@ import numpy as np
 
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import ARCHITECTURES, LLAMA3_DEFAULTS, llama3_factors
+from mlx_dpo.gguf.families import FAMILIES
 
+AGAIN = "Download it again."
 LONG = "rope_factors_{}.weight"
 
 
@@ -28,13 +30,20 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
     }
     config: dict[str, Any] = {"model_type": model_type, "architectures": [architecture.model_class]}
     config |= {**architecture.constants, **found}
-    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps")
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps", "norm_eps")
     missing = [f"{prefix}.{name}" for name, key in architecture.settings.items() if key in needed and key not in found]
     if missing:
-        raise ModelError(f"The GGUF file lacks the settings {', '.join(missing)}.", "Download it again.")
+        raise ModelError(f"The GGUF file lacks the settings {', '.join(missing)}.", AGAIN)
+    config["num_hidden_layers"] -= fields.get(f"{prefix}.nextn_predict_layers", 0)  # blocks that mlx-lm leaves out
     config["vocab_size"] = len(fields["tokenizer.ggml.tokens"])
     if "token_embd.weight" in tensors:
         config["vocab_size"] = int(tensors["token_embd.weight"].shape[1])
+    if family := FAMILIES.get(architecture.family):
+        own = {name.removeprefix(f"{prefix}."): value for name, value in fields.items()}
+        try:
+            config |= family.read(own, tensors)
+        except KeyError as error:
+            raise ModelError(f"The GGUF file lacks {error}, which a {model_type} model has.", AGAIN) from error
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
     config.setdefault("intermediate_size", 0)
@@ -49,6 +58,8 @@ def read_config(model_type: str, fields: Mapping[str, Any], tensors: Mapping[str
         config["query_pre_attn_scalar"] = scalar if big else config["head_dim"]
     if model_type == "gemma3_text":
         config.setdefault("rope_local_base_freq", 10000.0)
+    if model_type == "gemma4_text":  # with two rotary embeddings, which the family has read
+        return config | {"vocab_size_per_layer_input": config["vocab_size"]}
     rotated = fields.get(f"{prefix}.rope.dimension_count", config["head_dim"])
     if rotated != config["head_dim"]:
         config["partial_rotary_factor"] = rotated / config["head_dim"]

@@ -11,10 +11,11 @@ import numpy as np
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.architectures import LLAMA3_DEFAULTS, llama3_factors
 from mlx_dpo.gguf.base import Base
+from mlx_dpo.gguf.families import FAMILIES, FULL, proportional_factors
 
 Settings = dict[str, Any]
 
-ROPE = ("default", "linear", "llama3", "yarn")
+ROPE = ("default", "mrope", "linear", "llama3", "yarn")
 ROPE_OF_PHI3 = ("default", "linear", "longrope", "su")
 """Scalings of the rotary embedding that a GGUF file can say."""
 
@@ -46,10 +47,17 @@ def write_config(base: Base) -> tuple[Settings, dict[str, np.ndarray]]:
     rotated = int(head_dim * (base.setting("partial_rotary_factor") or 1.0))
     found[f"{prefix}.rope.dimension_count"] = rotated
     scaling, tensors = _rope(base, rotated)
+    if family := FAMILIES.get(base.architecture.family):
+        found |= {f"{prefix}.{name}": value for name, value in family.write(base.setting).items()}
     return found | {f"{prefix}.rope.scaling.{name}": value for name, value in scaling.items()}, tensors
 
 
 def _rope(base: Base, dims: int) -> tuple[Settings, dict[str, np.ndarray]]:
+    if base.model_type == "gemma4_text":
+        whole = base.setting("rope_parameters")[FULL]
+        head_dim = base.setting("global_head_dim") or base.setting("head_dim")
+        rotated = whole.get("partial_rotary_factor", 1.0)
+        return {}, {"rope_freqs.weight": proportional_factors(head_dim, rotated)}
     scaling, kind = _rope_scaling(base)
     if kind == "linear":
         return {"type": "linear", "factor": float(scaling["factor"])}, {}
@@ -89,7 +97,7 @@ def _differences(base: Base) -> Iterator[str]:
         yield f"its rotary embedding is scaled by {kind!r}"
     if kind == "yarn" and any(scaling.get(key, value) != value for key, value in YARN_DEFAULTS.items()):
         yield f"its yarn scaling has other settings than {YARN_DEFAULTS}"
-    if "lm_head.weight" in base.files and not base.architecture.untied_head:
+    if "lm_head.weight" in base.stored and not base.architecture.untied_head:
         yield "it has an output head of its own, which a GGUF file of this architecture cannot"
     if setting("rope_traditional"):
         yield "its rotary embedding rotates neighbours"
@@ -105,6 +113,8 @@ def _differences(base: Base) -> Iterator[str]:
         mixed = setting("mlp_only_layers") or setting("decoder_sparse_step") != 1
         if mixed or not setting("norm_topk_prob"):
             yield "its experts are not in every layer, or their weights are not normalised"
+    if family := FAMILIES.get(base.architecture.family):
+        yield from family.differences(setting)
     if base.architecture.query_scalar_big is not None:
         big = setting("num_hidden_layers") == base.architecture.query_scalar_big[0]
         expected = setting("hidden_size") / setting("num_attention_heads") if big else setting("head_dim")

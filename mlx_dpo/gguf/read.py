@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import gguf
 import mlx.core as mx
@@ -18,8 +19,9 @@ from mlx_dpo.files import written_whole
 from mlx_dpo.gguf import OnTensor
 from mlx_dpo.gguf.architectures import ARCHITECTURES, model_type_of, to_gguf_name
 from mlx_dpo.gguf.base import text_model
-from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, separate_rope, unpack_blocks
+from mlx_dpo.gguf.blocks import BITS, GROUP, pack_affine, unpack_blocks, unpack_mxfp4
 from mlx_dpo.gguf.config_read import read_config
+from mlx_dpo.gguf.layout import column_order, groups_stay_whole, moved, row_order, to_mlx_form
 from mlx_dpo.gguf.tokenizer_read import eos_token_ids, read_tokenizer
 from mlx_dpo.models.load import DTYPES
 
@@ -40,6 +42,23 @@ class ImportReport:
     parameters: int
 
 
+class Target(NamedTuple):
+    """The model that a file's tensors go into: mlx-lm's, without weights."""
+
+    config: dict[str, Any]
+    prefix: str  # what its parameters' names begin with beside the text model's
+    names: Mapping[str | None, str]  # of the text model's parameters, by names in the file
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+class Tensor(NamedTuple):
+    """One tensor of a file, as the gguf package gives it."""
+
+    name: str
+    tensor_type: gguf.GGMLQuantizationType
+    data: np.ndarray
+
+
 def import_gguf(
     gguf_path: str | Path,
     output_folder: str | Path,
@@ -49,7 +68,7 @@ def import_gguf(
 ) -> ImportReport:
     """Turn a GGUF file into a folder that mlx-lm loads.
 
-    `keep` leaves Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0 tensors as they are (MLX affine quantization in groups of 32, the same
+    `keep` leaves Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 and MXFP4 tensors as they are (MLX quantization in groups of 32, the same
     numbers), F32, F16 and BF16 too; other quantized tensors are dequantized to float16. The other choices dequantize
     everything. The folder appears whole or not at all. Raises ModelError for a file that cannot be read, an
     architecture or a tokenizer that is not in the tables, and an output folder that exists; MlxDpoError when the
@@ -70,8 +89,10 @@ def import_gguf(
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
     config = read_config(model_type, fields, {t.name: t for t in reader.tensors})
-    names = {to_gguf_name(ARCHITECTURES[model_type], name): name for name in text_model(model_type, config)[1]}
-    unknown = [t.name for t in reader.tensors if t.name not in names and t.name not in SETTING_TENSORS]
+    tensors = list(_tensors(reader.tensors, config["num_hidden_layers"], fields))
+    _, _, prefix, shapes = text_model(config)
+    names = {to_gguf_name(ARCHITECTURES[model_type], name): name for name in shapes}
+    unknown = [t.name for t in tensors if t.name not in names and t.name not in SETTING_TENSORS]
     if unknown:
         raise ModelError(
             f"{path}: {len(unknown)} tensors have no place in a {model_type} model: {', '.join(unknown[:8])}.",
@@ -85,12 +106,11 @@ def import_gguf(
     generation = {key: config[key] for key in ("bos_token_id", "eos_token_id") if key in config}
 
     with written_whole(folder, folder=True) as beside:
-        modules = _write_weights(reader.tensors, names, config, dtype, beside, progress)
+        modules = _write_weights(tensors, Target(config, prefix, names, shapes), dtype, beside, progress)
         if modules:
-            usual = Counter(modules.values()).most_common(1)[0][0]
-            config["quantization"] = {"group_size": GROUP, "bits": usual, "mode": "affine"} | {
-                name: {"group_size": GROUP, "bits": bits} for name, bits in modules.items() if bits != usual
-            }
+            counted = Counter(tuple(how.items()) for how in modules.values())
+            usual = dict(counted.most_common(1)[0][0])
+            config["quantization"] = usual | {name: how for name, how in modules.items() if how != usual}
             config["quantization_config"] = config["quantization"]
         contents = {
             "config.json": config,
@@ -106,7 +126,7 @@ def import_gguf(
         name=fields.get("general.name", path.stem),
         tensors=dict(Counter(tensor.tensor_type.name for tensor in reader.tensors)),
         kept_quantized=len(modules),
-        parameters=sum(int(t.n_elements) for t in reader.tensors if t.name in names),
+        parameters=sum(math.prod(shapes[names[t.name]]) for t in tensors if t.name in names),
     )
 
 
@@ -119,29 +139,43 @@ def _open(path: Path) -> Any:
         raise ModelError(f"{path} is no GGUF file that can be read: {error}.", "Download it again.") from error
 
 
+def _tensors(found: list[Any], layers: int, fields: Mapping[str, Any]) -> Iterator[Tensor]:
+    """A file's tensors, without blocks that only guess further tokens, and experts' joined matrices in two."""
+    guesses = fields.get(f"{fields['general.architecture']}.nextn_predict_layers", 0)
+    for tensor in found:
+        if guesses and tensor.name.startswith("blk.") and int(tensor.name.split(".")[1]) >= layers:
+            continue
+        if tensor.name.endswith("ffn_gate_up_exps.weight"):
+            for part, half in zip(("gate", "up"), np.split(tensor.data, 2, axis=-2), strict=True):
+                yield Tensor(tensor.name.replace("gate_up", part), tensor.tensor_type, half)
+        else:
+            yield Tensor(tensor.name, tensor.tensor_type, tensor.data)
+
+
 def _write_weights(
-    tensors: list[Any],
-    names: Mapping[str | None, str],
-    config: dict[str, Any],
+    tensors: list[Tensor],
+    target: Target,
     dtype: ImportDtype,
     folder: Path,
     progress: OnTensor | None,
-) -> dict[str, int]:
-    """Write model*.safetensors and its index; returns bits by quantized module."""
+) -> dict[str, dict[str, Any]]:
+    """Write model*.safetensors and its index; returns how each quantized module is quantized."""
     shards: list[list[str]] = []
     shard: dict[str, mx.array] = {}
-    modules: dict[str, int] = {}
+    modules: dict[str, dict[str, Any]] = {}
     total = 0
 
     # how many shards there will be is known only at the end, so they get their names then
     for done, tensor in enumerate(tensors):
-        name = names.get(tensor.name)
+        name = target.names.get(tensor.name)
         if name is not None:
-            for key, array in _convert(tensor, name, config, dtype):
-                shard[key] = array
+            for key, array in _convert(tensor, name, target, dtype):
+                shard[target.prefix + key] = array
                 total += array.nbytes
                 if key.endswith(".scales"):
-                    modules[key.removesuffix(".scales")] = BITS[tensor.tensor_type.name]
+                    kind = tensor.tensor_type.name
+                    how = {"bits": BITS[kind], "mode": "affine"} if kind in BITS else {"bits": 4, "mode": "mxfp4"}
+                    modules[target.prefix + key.removesuffix(".scales")] = {"group_size": GROUP, **how}
         if shard and (done + 1 == len(tensors) or sum(array.nbytes for array in shard.values()) >= SHARD_BYTES):
             mx.save_safetensors(str(folder / f"part-{len(shards)}.safetensors"), shard, metadata={"format": "mlx"})
             shards.append(sorted(shard))
@@ -158,33 +192,46 @@ def _write_weights(
     return modules
 
 
-def _convert(tensor: Any, name: str, config: dict[str, Any], dtype: ImportDtype) -> Iterator[tuple[str, mx.array]]:
+def _convert(tensor: Tensor, name: str, target: Target, dtype: ImportDtype) -> Iterator[tuple[str, mx.array]]:
     """The arrays of one tensor: itself, or weight, scales and biases."""
-    architecture = ARCHITECTURES[config["model_type"]]
+    architecture, setting = ARCHITECTURES[target.config["model_type"]], target.config.get
     kind = tensor.tensor_type.name
-    raw = tensor.data
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    part = tensor.name.split(".")[-2]
-    if architecture.interleaved_rope and part in heads:
-        raw = separate_rope(np.asarray(raw), heads[part])
-    if dtype == "keep" and kind in BITS:
+    raw = np.asarray(tensor.data)
+    order = row_order(architecture, setting, name, raw.shape[0])
+    if order is not None:
+        raw = raw[np.argsort(order)]
+
+    def columns(values: np.ndarray) -> np.ndarray:
+        there = column_order(setting, name, values.shape[-1])
+        return values if there is None else moved(values, None, np.argsort(there))
+
+    keep = dtype == "keep" and groups_stay_whole(setting, name, GROUP)
+    module = name.removesuffix("weight")
+    if keep and kind == "MXFP4":
+        codes, exponents = unpack_mxfp4(raw)
+        yield name, mx.array(pack_affine(columns(codes), 4))
+        yield module + "scales", mx.array(columns(exponents))
+        return
+    if keep and kind in BITS:
         try:
             q, scale, bias = unpack_blocks(raw, kind)
         except OverflowError:
             pass  # a scale so large that its bias has no float16: dequantized below
         else:
             # A looked-up embedding has the type of its scales: float16 would round there what matrix products do not.
-            wide = mx.float32 if part == "token_embd" else mx.float16
-            yield name, mx.array(pack_affine(q, BITS[kind]))
-            yield name.removesuffix("weight") + "scales", mx.array(scale).astype(wide)
-            yield name.removesuffix("weight") + "biases", mx.array(bias).astype(wide)
+            looked_up = tensor.name in ("token_embd.weight", "per_layer_token_embd.weight")
+            wide = mx.float32 if looked_up else mx.float16
+            yield name, mx.array(pack_affine(columns(q), BITS[kind]))
+            yield module + "scales", mx.array(columns(scale)).astype(wide)
+            yield module + "biases", mx.array(columns(bias)).astype(wide)
             return
     if kind == "BF16" and dtype == "keep":
-        array = mx.array(np.ascontiguousarray(raw).view(np.uint16)).view(mx.bfloat16)
+        plain = columns(np.ascontiguousarray(raw).view(np.uint16)).reshape(target.shapes[name])
+        array = mx.array(np.ascontiguousarray(plain)).view(mx.bfloat16)
     else:
-        values = gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type)
-        if kind == "F32" and architecture.norm_offset and name.endswith("norm.weight"):
-            values = values - 1.0  # gemma multiplies by weight + 1, and its files hold the sum
+        values = columns(gguf.quants.dequantize(np.ascontiguousarray(raw), tensor.tensor_type))
+        if kind == "F32":  # as are all that have another form
+            values = to_mlx_form(architecture, name, values, target.shapes[name])
         kept = mx.float32 if kind == "F32" else mx.float16
         array = mx.array(values).astype(kept if dtype == "keep" else DTYPES[dtype])
     mx.eval(array)

@@ -15,7 +15,16 @@ from mlx_dpo.gguf.pretokenizers import DIGITS, GPT2, Pretokenizer, pretokenizer_
 
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5  # of tokenizer.ggml.token_type
 SPACE = "▁"
-END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>", "<|endoftext|>")
+END_OF_TURN = (
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<end_of_turn>",
+    "<turn|>",
+    "<|return|>",
+    "<|call|>",
+    "<|end|>",
+    "<|endoftext|>",
+)
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -25,7 +34,7 @@ def read_tokenizer(fields: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str,
     Raises ModelError for a tokenizer kind that is not byte-pair encoding, or a pre-tokenizer that is unknown.
     """
     kind = fields.get("tokenizer.ggml.model")
-    builders = {"gpt2": _byte_level, "llama": _byte_fallback}
+    builders = {"gpt2": _byte_level, "llama": _byte_fallback, "gemma4": _byte_fallback}
     if kind not in builders:
         raise ModelError(
             f"The file's tokenizer is of the kind {kind!r}; those that can be read are {', '.join(builders)}.",
@@ -75,7 +84,9 @@ def eos_token_ids(fields: Mapping[str, Any]) -> list[int]:
     known = [
         i for i, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind == CONTROL and token in END_OF_TURN
     ]
-    return list(dict.fromkeys([int(i) for i in named if i is not None] + known))
+    found = list(dict.fromkeys([int(i) for i in named if i is not None] + known))
+    # gpt-oss ends a thought with <|end|>, and an answer follows
+    return [i for i in found if tokens[i] != "<|end|>"] if "<|return|>" in tokens else found
 
 
 def _byte_level(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
@@ -86,8 +97,7 @@ def _byte_level(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
             f"The file's pre-tokenizer {name!r} (tokenizer.ggml.pre) is unknown here; another would cut words wrongly.",
             "Give the original model's folder or Hub name instead of the GGUF file.",
         )
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
-    tokenizer = Tokenizer(BPE(_vocab(fields), merges, ignore_merges=cut.ignore_merges))
+    tokenizer = Tokenizer(BPE(_vocab(fields), _merges(fields), ignore_merges=cut.ignore_merges))
     if cut.nfc:
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(_steps(cut))
@@ -106,10 +116,13 @@ def _steps(cut: Pretokenizer) -> list[pre_tokenizers.PreTokenizer]:
 
 
 def _byte_fallback(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
-    tokens, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
-    vocab = _vocab(fields)
+    tokens, vocab = fields["tokenizer.ggml.tokens"], _vocab(fields)
     unknown = tokens[fields.get("tokenizer.ggml.unknown_token_id", 0)]
-    merges = merges_of_scores(vocab, {piece: scores[i] for piece, i in vocab.items()})
+    if fields["tokenizer.ggml.model"] == "gemma4":
+        merges = _merges(fields)
+    else:
+        scores = fields["tokenizer.ggml.scores"]
+        merges = merges_of_scores(vocab, {piece: scores[i] for piece, i in vocab.items()})
     tokenizer = Tokenizer(BPE(vocab, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     replace = normalizers.Replace(" ", SPACE)
     back = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
@@ -120,6 +133,11 @@ def _byte_fallback(fields: Mapping[str, Any]) -> tuple[Tokenizer, bool]:
         tokenizer.normalizer = replace
     tokenizer.decoder = decoders.Sequence(back)
     return tokenizer, True
+
+
+def _merges(fields: Mapping[str, Any]) -> list[tuple[str, str]]:
+    pairs = (merge.split(" ", 1) for merge in fields["tokenizer.ggml.merges"])
+    return [(left, right) for left, right in pairs]
 
 
 def merges_of_scores(vocab: Mapping[str, int], scores: Mapping[str, float]) -> list[tuple[str, str]]:

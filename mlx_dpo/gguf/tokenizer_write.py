@@ -18,12 +18,16 @@ from mlx_dpo.models.trees import read_json
 NORMAL, UNKNOWN, BYTE = 1, 2, 6  # of tokenizer.ggml.token_type
 NEVER_MERGED = -1e6  # the score of a piece that no merge makes
 DIGIT_PATTERNS = (r"\p{N}", r"\d")
+SHOWN = {"<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>'}
+"""Gemma 4's special tokens that llama.cpp must print, since it reads thoughts and tool calls from what it prints."""
+
 PHI3_TOKENS = ("</s>", "<unk>", "<s>", "<|endoftext|>")
 
 
-def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
+def write_tokenizer(folder: Path, vocab_size: int, writer: Any, add_bos: bool) -> list[str]:
     """Add the tokenizer of `folder` to a `gguf.GGUFWriter`, padded to `vocab_size` tokens.
 
+    `add_bos` says whether a text begins with a token for it where the folder does not.
     Returns what is known to be cut otherwise by llama.cpp, a sentence each. Raises ModelError for a tokenizer that
     llama.cpp would run otherwise: not byte-pair encoding, an unknown pre-tokenizer or normalizer, or more tokens than
     the model has.
@@ -60,7 +64,7 @@ def write_tokenizer(folder: Path, vocab_size: int, writer: Any) -> list[str]:
     logging.getLogger("gguf.vocab").setLevel(logging.ERROR)
     special = gguf.SpecialVocab(folder, load_merges=not model.get("byte_fallback"), n_vocab=vocab_size)
     # llama.cpp adds a beginning token to some pre-tokenizers unless the file says no, which a folder may leave unsaid
-    special.add_special_token.setdefault("bos", False)
+    special.add_special_token.setdefault("bos", add_bos)
     special.add_to_gguf(writer, quiet=True)
     return notes
 
@@ -118,7 +122,8 @@ def _pieces(tokenizer: dict[str, Any], tokens: dict[str, int], vocab_size: int) 
         types[tokens[tokenizer["model"]["unk_token"]]] = UNKNOWN
     for added in tokenizer["added_tokens"]:
         if types[added["id"]] != UNKNOWN:
-            types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
+            hidden = added["special"] and added["content"] not in SHOWN
+            types[added["id"]] = CONTROL if hidden else USER_DEFINED
     return pieces, types
 
 

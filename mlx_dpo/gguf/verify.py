@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import gguf
 import mlx.core as mx
 import numpy as np
 
@@ -54,7 +55,7 @@ def compare_in_llama_cpp(
     not clearly nearer to the model with the adapter than to the one without.
     """
     longest = max(len(row) for row in rows)
-    llama = open_llama_cpp(model_gguf, adapter_gguf, context=longest + 8)
+    llama = open_llama_cpp(model_gguf, adapter_gguf, context=max(longest + 8, _long_context(model_gguf)))
     differences, controls = [], []
     for row in rows:
         on, off = log_probs(row), adapter_off(row) if adapter_off else None
@@ -81,6 +82,14 @@ def compare_in_llama_cpp(
             "Either it has hardly been trained, or rounding is as large as what it does: export as f16 or f32.",
         )
     return report
+
+
+def _long_context(model_gguf: str | Path) -> int:
+    """From how large a context llama.cpp takes longrope's factors for long texts, as mlx-lm does for all; else 0."""
+    fields = {name.split(".", 1)[-1]: field for name, field in gguf.GGUFReader(model_gguf).fields.items()}
+    if "rope.scaling.type" not in fields or fields["rope.scaling.type"].contents() != "longrope":
+        return 0
+    return int(fields["rope.scaling.original_context_length"].contents()) + 1
 
 
 def float32_log_probs(base: str | Path, adapter: str | Path | None = None) -> tuple[LogProbs, LogProbs | None]:

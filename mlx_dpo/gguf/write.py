@@ -19,13 +19,17 @@ from mlx_dpo.files import written_whole
 from mlx_dpo.gguf import OnTensor
 from mlx_dpo.gguf.architectures import to_gguf_name
 from mlx_dpo.gguf.base import Base, LoraFolder, open_base, read_lora
-from mlx_dpo.gguf.blocks import GROUP, exact_kind, interleave_rope, pack_blocks, unpack_affine
+from mlx_dpo.gguf.blocks import GROUP, exact_kind, pack_blocks, unpack_affine
 from mlx_dpo.gguf.config_write import write_config
+from mlx_dpo.gguf.layout import column_order, ggml_shape, groups_stay_whole, moved, row_order, to_ggml_form
 from mlx_dpo.gguf.tokenizer_write import general_name, write_tokenizer
 
 AdapterType = Literal["f32", "f16"]
 ModelType = Literal["f16", "f32", "bf16", "q8_0", "q4_1"]
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_1": 3, "q8_0": 7, "bf16": 32}  # general.file_type
+FLOAT32 = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "shortconv.conv")
+"""Matrices that are float32 in every file that llama.cpp's own converter writes, and it expects so, as with vectors."""
+
 STORED = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}
 
 
@@ -38,7 +42,7 @@ class ExportReport:
     tensors: dict[str, int]  # how many of each ggml type
     adapted: int  # matrices that the adapter changed, or that the adapter file holds
     not_exact: tuple[str, ...] = ()  # with q4_1: quantized matrices that ggml has no exact kind for, written as F16
-    notes: tuple[str, ...] = ()  # where llama.cpp is known to cut text otherwise than the tokenizer
+    notes: tuple[str, ...] = ()  # what is not in the file, or is known to be otherwise in llama.cpp
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,11 @@ def export_adapter_gguf(
     for module in adapter.modules:
         name = f"{module}.weight"
         a, b = adapter.matrices(module)
-        # ggml computes B (A x) as it stands: only B has the base's rows, so only B's rows are put in its order
-        for half, matrix in (("a", a), ("b", _in_ggml_order(base, name, b))):
+        if (scale := _scale_of_experts(base, module)) is not None:
+            b = b * scale[:, None, None]
+        # ggml computes B (A x) as it stands: B has the base's rows, and A its columns
+        rows, columns = _orders(base, name, base.shapes[name][-1])
+        for half, matrix in (("a", moved(a, None, columns)), ("b", moved(b, rows))):
             theirs = f"{to_gguf_name(base.architecture, name)}.lora_{half}"
             planned.append(Planned(theirs, matrix.shape, kind, partial(_encode, matrix, kind)))
     with _writer(Path(out), base.architecture.gguf) as writer:
@@ -98,27 +105,27 @@ def export_model_gguf(
     """Write a model, with an adapter fused into it in float32, as a GGUF file.
 
     `q4_1` keeps the base's own bits wherever ggml has a kind that holds them exactly (4-bit affine as Q4_1, 5-bit as
-    Q5_1, 8-bit as Q8_0 where it fits, and 16-bit as it is); adapted matrices become F16, since requantizing them would
-    round the tuning away. In the other types every matrix gets that type; vectors and routers stay F32.
+    Q5_1, 8-bit as Q8_0 where it fits, MXFP4 and 16-bit as they are); adapted matrices become F16, since requantizing
+    them would round the tuning away. In the other types every matrix gets that type; vectors and routers stay F32.
     Raises ModelError for what llama.cpp would compute otherwise, with the other way; UsageError when `out` exists or
     when q4_1 is asked of a base that is not quantized.
     """
     base = open_base(base_folder)
     adapter = read_lora(adapter_folder, base) if adapter_folder is not None else None
     settings, rope_tensors = write_config(base)
-    if outtype == "q4_1" and not any(name.endswith(".scales") for name in base.files):
+    if outtype == "q4_1" and not any(name.endswith(".scales") for name in base.stored):
         raise UsageError(f"{base.folder} is not quantized: there are no 4-bit weights to keep.", "Use q8_0 or f16.")
     planned = [Planned(name, values.shape, "F32", partial(np.copy, values)) for name, values in rope_tensors.items()]
     not_exact = []
-    for name in (name for name in base.shapes if name in base.files):
+    for name in (name for name in base.shapes if name in base.stored):
         adapted = adapter is not None and name.removesuffix(".weight") in adapter.modules
-        kind, repack = _kind(base, name, outtype, adapted)
+        gguf_name = str(to_gguf_name(base.architecture, name))
+        kind, repack = _kind(base, name, gguf_name, outtype, adapted)
         if outtype == "q4_1" and kind == "F16" and base.quantization(name) and not adapted:
             not_exact.append(name)
-        gguf_name = str(to_gguf_name(base.architecture, name))
         added = adapter if adapted else None
         make = partial(_repacked, base, name, kind) if repack else partial(_dense, base, name, kind, added)
-        planned.append(Planned(gguf_name, base.shapes[name], kind, make))
+        planned.append(Planned(gguf_name, ggml_shape(name, base.shapes[name]), kind, make))
     with _writer(Path(out), base.architecture.gguf) as writer:
         writer.add_type("model")
         writer.add_name(general_name(base.folder, base.folder.name))
@@ -126,17 +133,34 @@ def export_model_gguf(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         for key, value in settings.items():
-            add[type(value)](key, value)
-        notes = write_tokenizer(base.folder, base.shapes["model.embed_tokens.weight"][0], writer)
+            if isinstance(value, list):
+                writer.add_array(key, value)
+            else:
+                add[type(value)](key, value)
+        tokens = base.shapes["model.embed_tokens.weight"][0]
+        notes = _left_out(base) + write_tokenizer(base.folder, tokens, writer, base.architecture.add_bos)
         _write(writer, planned, progress)
     return _report(Path(out), planned, adapter, not_exact=tuple(not_exact), notes=tuple(notes))
 
 
-def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
+def _left_out(base: Base) -> list[str]:
+    """What the file does not hold or say, in sentences."""
+    senses = [word for key, word in (("vision_config", "images"), ("audio_config", "sound")) if base.config.get(key)]
+    notes = [f"the file holds the text model alone: it cannot read {' or '.join(senses)}"] * bool(senses)
+    if base.model_type == "phi3" and (base.setting("rope_scaling") or {}).get("type") in ("longrope", "su"):
+        original = base.setting("original_max_position_embeddings")
+        notes.append(
+            f"llama.cpp takes longrope's factors for short texts in a context of up to {original} tokens, mlx-lm never "
+            f"does: with --ctx-size {original + 1} or more both compute the same"
+        )
+    return notes
+
+
+def _kind(base: Base, name: str, gguf_name: str, outtype: ModelType, adapted: bool) -> tuple[str, bool]:
     """The ggml type of a tensor, and whether it is the base's own bits repacked."""
-    shape = base.shapes[name]
-    # norms, biases and routers are float32 in every file that llama.cpp's own converter writes, and it expects so
-    if len(shape) == 1 or name.endswith("mlp.gate.weight"):
+    shape = ggml_shape(name, base.shapes[name])
+    part = gguf_name.split(".", 2)[-1] if gguf_name.startswith("blk.") else gguf_name
+    if len(shape) == 1 or not part.endswith(".weight") or part.removesuffix(".weight") in FLOAT32:
         return "F32", False
     if outtype != "q4_1":
         kind = outtype.upper()
@@ -145,40 +169,51 @@ def _kind(base: Base, name: str, outtype: ModelType, adapted: bool) -> tuple[str
     if adapted:
         return "F16", False
     if how is None:
-        return STORED.get(base.array(name).dtype, "F16"), False
-    if how.mode != "affine":
+        return STORED.get(base.stored[name][1], "F16"), False
+    if not groups_stay_whole(base.setting, name, how.group_size):
         return "F16", False
-    exact = exact_kind(*how, *_scales(base, name))
+    exact = exact_kind(*how, *_scales(base, name, how.mode))
     return exact or "F16", exact is not None
 
 
-def _scales(base: Base, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _scales(base: Base, name: str, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """Scale and bias of each group; a micro-scaling one has an exponent, and no bias."""
     module = name.removesuffix(".weight")
-    scales, biases = (base.array(f"{module}.{part}").astype(mx.float32) for part in ("scales", "biases"))
+    if mode != "affine":
+        exponents = np.array(base.weights.take(f"{module}.scales"))
+        return exponents, exponents
+    scales, biases = (base.weights.take(f"{module}.{part}").astype(mx.float32) for part in ("scales", "biases"))
     return np.array(scales), np.array(biases)
 
 
-def _in_ggml_order(base: Base, name: str, rows: np.ndarray) -> np.ndarray:
-    """The rows of a tensor, those of queries and keys so that neighbours rotate together where ggml wants them so."""
-    heads = {"q_proj": base.setting("num_attention_heads"), "k_proj": base.setting("num_key_value_heads")}
-    part = name.split(".")[-2]
-    return interleave_rope(rows, heads[part]) if base.architecture.interleaved_rope and part in heads else rows
+def _scale_of_experts(base: Base, module: str) -> np.ndarray | None:
+    """What llama.cpp multiplies the experts' outputs by, but not what an adapter adds to them: float32 `[experts]`.
+
+    Gemma 4 has such a scale; None for modules without one.
+    """
+    name = module.replace("experts.switch_glu.down_proj", "router.per_expert_scale")
+    return base.dense(name) if name != module and name in base.stored else None
 
 
 def _dense(base: Base, name: str, kind: str, adapter: LoraFolder | None) -> np.ndarray:
     values = base.dense(name)
     if adapter is not None:  # before rows move: the adapter's B has its rows where the base has them
         values = values + adapter.delta(name.removesuffix(".weight"))
-    if base.architecture.norm_offset and name.endswith("norm.weight"):
-        values = values + np.float32(1)
-    return _encode(_in_ggml_order(base, name, values), kind)
+    rows, columns = _orders(base, name, values.shape[-1])
+    return _encode(to_ggml_form(base.architecture, name, moved(values, rows, columns)), kind)
 
 
 def _repacked(base: Base, name: str, kind: str) -> np.ndarray:
     how = base.quantization(name)
     assert how is not None
-    q = unpack_affine(np.array(base.array(name)), how.bits)
-    return _in_ggml_order(base, name, pack_blocks(q, *_scales(base, name), kind))
+    q = unpack_affine(np.array(base.weights.take(name)), how.bits)
+    scale, bias = (moved(part, *_orders(base, name, part.shape[-1])) for part in _scales(base, name, how.mode))
+    return pack_blocks(moved(q, *_orders(base, name, q.shape[-1])), scale, bias, kind)
+
+
+def _orders(base: Base, name: str, columns: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    rows = row_order(base.architecture, base.setting, name, base.shapes[name][0])
+    return rows, column_order(base.setting, name, columns)
 
 
 def _encode(values: np.ndarray, kind: str) -> np.ndarray:

@@ -54,8 +54,29 @@ def test_every_reason_is_named_at_once(adapter: Path, tiny_llama: Path, tmp_path
     )
     with pytest.raises(ModelError) as error:
         export_adapter_gguf(tiny_llama, adapter, tmp_path / "adapter.gguf")
-    for reason in ("DoRA", "embedding", "model.layers.9.self_attn.q_proj"):
+    for reason in (
+        "DoRA",
+        "it adapts model.embed_tokens, which llama.cpp uses without adapters",
+        "model.layers.9.self_attn.q_proj",
+    ):
         assert reason in error.value.message
+
+
+@pytest.mark.parametrize(
+    ("case", "module"),
+    [
+        ("gemma4", "language_model.model.per_layer_model_projection"),
+        ("gemma4", "language_model.model.embed_tokens_per_layer"),
+        ("lfm2", "model.layers.0.conv.conv"),
+    ],
+)
+def test_an_adapter_on_what_llama_cpp_computes_without_adapters(case: str, module: str, tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", case)
+    adapter = make_adapter(tmp_path / "adapter", base, ("self_attn.q_proj",))
+    one = mx.zeros((1,))
+    change_adapter(adapter, {f"{module}.lora_a": one, f"{module}.lora_b": one})
+    with pytest.raises(ModelError, match=f"{module.removeprefix('language_model.')}, which llama.cpp uses without"):
+        export_adapter_gguf(base, adapter, tmp_path / "adapter.gguf")
 
 
 def test_an_adapter_on_the_head_of_a_tied_model(tmp_path: Path) -> None:

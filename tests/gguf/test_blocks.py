@@ -13,10 +13,8 @@ import gguf
 from mlx_dpo.gguf.blocks import (
     BITS,
     exact_kind,
-    interleave_rope,
     pack_affine,
     pack_blocks,
-    separate_rope,
     unpack_affine,
     unpack_blocks,
 )
@@ -61,10 +59,4 @@ def test_what_ggml_cannot_hold_exactly_has_no_kind() -> None:
     assert exact_kind(64, 4, "affine", one, third) is None
     assert exact_kind(64, 8, "affine", one, one) is None  # Q8_0 keeps no bias
     assert exact_kind(64, 6, "affine", one, one) is None
-    assert exact_kind(32, 4, "mxfp4", one, one) is None
-
-
-def test_rows_of_a_head_alternate_between_its_halves_in_ggml() -> None:
-    rows = np.arange(8)[:, None]  # two heads of four: halves 0 1 | 2 3 and 4 5 | 6 7
-    assert interleave_rope(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert separate_rope(interleave_rope(rows, 2), 2)[:, 0].tolist() == list(range(8))
+    assert exact_kind(16, 4, "nvfp4", one, one) is None

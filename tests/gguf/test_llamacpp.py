@@ -9,10 +9,22 @@ import numpy as np
 import pytest
 
 import mlx_dpo
-from support.gguf_models import CASES, DENSE, IDS, make_adapter, make_folder, mlx_log_probs
+from support.gguf_models import (
+    ATTENTION,
+    CASES,
+    DENSE,
+    EXACT,
+    IDS,
+    gpt_oss_in_four_bit_floats,
+    make_adapter,
+    make_folder,
+    mlx_log_probs,
+)
 
 pytest.importorskip("gguf", reason="GGUF files need the gguf package")
 pytest.importorskip("xllamacpp", reason="real llama.cpp is not installed: pip install xllamacpp")
+
+import gguf
 
 from mlx_dpo.config import DataConfig, LoraConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mlx_dpo.data.load import load_splits
@@ -86,6 +98,24 @@ def test_an_adapter_in_16_bits_is_nearly_the_same(tmp_path: Path) -> None:
     export_adapter_gguf(base, adapter, tmp_path / "adapter.gguf", "f16")
     found = llama_cpp_log_probs(tmp_path / "base.gguf", tmp_path / "adapter.gguf")
     assert difference(found, mlx_log_probs(base, adapter)) < 0.02
+
+
+def test_gpt_oss_in_its_own_four_bit_floats(tmp_path: Path) -> None:
+    base = gpt_oss_in_four_bit_floats(tmp_path / "base")
+    adapter = make_adapter(tmp_path / "adapter", base, ATTENTION)
+    export_model_gguf(base, None, tmp_path / "plain.gguf", "f32")
+    export_adapter_gguf(base, adapter, tmp_path / "adapter.gguf")
+    found = llama_cpp_log_probs(tmp_path / "plain.gguf", tmp_path / "adapter.gguf")
+    assert difference(found, mlx_log_probs(base, adapter)) < EXACT
+    report = export_model_gguf(base, None, tmp_path / "kept.gguf", "q4_1")
+    assert report.tensors["MXFP4"] == 12  # three matrices of experts in four layers
+    # llama.cpp rounds what four-bit weights are multiplied with to eight bits
+    assert difference(llama_cpp_log_probs(tmp_path / "kept.gguf"), mlx_log_probs(base, None)) < 1.0
+    plain, kept = (
+        {t.name: t for t in gguf.GGUFReader(tmp_path / f"{file}.gguf").tensors} for file in ("plain", "kept")
+    )
+    for name, tensor in kept.items():
+        np.testing.assert_array_equal(gguf.quants.dequantize(tensor.data, tensor.tensor_type), plain[name].data)
 
 
 @pytest.mark.real_model

@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 
 from mlx_dpo.errors import ModelError, UsageError
-from support.gguf_models import CASES, DENSE, make_adapter, make_folder, mlx_log_probs
+from support.gguf_models import (
+    CASES,
+    DENSE,
+    gpt_oss_in_four_bit_floats,
+    make_adapter,
+    make_folder,
+    mlx_log_probs,
+)
 from support.tiny_models import tiny_model_folder
 
 pytest.importorskip("gguf", reason="GGUF files need the gguf package")
@@ -20,6 +27,7 @@ import gguf
 from mlx_dpo.gguf.read import import_gguf
 from mlx_dpo.gguf.write import export_adapter_gguf, export_model_gguf
 
+NEWER = ("qwen3_5", "qwen3_5_moe", "gemma4", "gemma4_moe", "gpt_oss", "lfm2", "lfm2_moe")
 SAME_FROM_THE_FILE = [case for case in CASES if case not in ("llama_yarn", "llama3_rope")]
 
 
@@ -32,7 +40,7 @@ def test_a_folder_written_and_read_back_computes_the_same(case: str, tmp_path: P
     np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
 
 
-@pytest.mark.parametrize("case", ["llama_tied", "llama", "qwen3_moe"])
+@pytest.mark.parametrize("case", ["llama_tied", "llama", "qwen3_moe", "gemma3", *NEWER])
 def test_four_bit_weights_go_out_and_come_back_bit_for_bit(case: str, tmp_path: Path) -> None:
     base = make_folder(tmp_path / "base", case, quantize_bits=4)
     _round_scales_to_half(base)
@@ -47,6 +55,56 @@ def test_four_bit_weights_go_out_and_come_back_bit_for_bit(case: str, tmp_path: 
         module = name.removesuffix("scales")
         for part in ("weight", "scales", "biases"):
             assert mx.array_equal(before[module + part].astype(after[module + part].dtype), after[module + part])
+    np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
+
+
+def test_four_bit_floats_go_out_and_come_back_bit_for_bit(tmp_path: Path) -> None:
+    base = gpt_oss_in_four_bit_floats(tmp_path / "base")
+    export_model_gguf(base, None, tmp_path / "model.gguf", "q4_1")
+    report = import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    assert report.kept_quantized == 12
+    np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
+
+
+@pytest.mark.parametrize("case", ["qwen3_5_moe", "gemma4_moe"])
+def test_weights_kept_in_four_bits_are_those_written_in_float32(case: str, tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base", case, quantize_bits=4)
+    _round_scales_to_half(base)
+    for outtype in ("q4_1", "f32"):
+        export_model_gguf(base, None, tmp_path / f"{outtype}.gguf", outtype)
+    kept, plain = (
+        {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(tmp_path / file).tensors}
+        for file in ("q4_1.gguf", "f32.gguf")
+    )
+    for name, values in plain.items():
+        np.testing.assert_allclose(kept[name], values, atol=1e-6, err_msg=name)
+
+
+def test_what_the_makers_of_files_add_or_join_is_read(tmp_path: Path) -> None:
+    """A block that guesses further tokens is left out, and experts' two matrices in one are taken apart."""
+    base = make_folder(tmp_path / "base", "qwen3_5_moe")
+    export_model_gguf(base, None, tmp_path / "model.gguf", "f32")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    writer = gguf.GGUFWriter(tmp_path / "joined.gguf", "qwen35moe")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            value = field.contents()
+            value = value + 1 if field.name == "qwen35moe.block_count" else value
+            kind = field.types[0]
+            writer.add_key_value(field.name, value, kind, field.types[-1] if len(field.types) > 1 else None)
+    writer.add_uint32("qwen35moe.nextn_predict_layers", 1)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    for name in [name for name in tensors if "ffn_gate_exps" in name]:
+        joined = [tensors.pop(name), tensors.pop(name.replace("gate", "up"))]
+        tensors[name.replace("gate", "gate_up")] = np.concatenate(joined, axis=1)
+    tensors["blk.4.nextn.enorm.weight"] = np.zeros(64, np.float32)
+    for name, data in tensors.items():
+        writer.add_tensor(name, np.array(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    import_gguf(tmp_path / "joined.gguf", tmp_path / "back")
     np.testing.assert_allclose(mlx_log_probs(tmp_path / "back", None), mlx_log_probs(base, None), atol=1e-4)
 
 

@@ -15,10 +15,12 @@ from support.tiny_models import CHATML, SPECIAL_TOKENS, tiny_model_folder
 
 pytest.importorskip("gguf", reason="GGUF files need the gguf package")
 
+import gguf
+
 from mlx_dpo.errors import ModelError
 from mlx_dpo.gguf.pretokenizers import DIGITS, GPT2, PRETOKENIZERS
 from mlx_dpo.gguf.read import import_gguf
-from mlx_dpo.gguf.tokenizer_read import merges_of_scores
+from mlx_dpo.gguf.tokenizer_read import CONTROL, USER_DEFINED, merges_of_scores
 from mlx_dpo.gguf.tokenizer_write import general_name, recognise_pretokenizer, scores_of_merges
 from mlx_dpo.gguf.write import export_model_gguf
 
@@ -229,3 +231,22 @@ def test_a_name_says_phi_3_exactly_when_the_tokenizer_is_of_that_kind(tmp_path: 
     (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {}}, "added_tokens": swallowing}))
     assert general_name(tmp_path, "Phi-3-mini") == "Phi-3-mini"
     assert general_name(tmp_path, "tuned") == "Phi-3 tuned"
+
+
+def test_what_marks_gemma_4s_thoughts_and_tool_calls_is_printed(tmp_path: Path) -> None:
+    tokenizer = byte_fallback("none")
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in ("<|channel>", "<turn|>")])
+    make_folder(tmp_path / "base", tokenizer)
+    export_model_gguf(tmp_path / "base", None, tmp_path / "model.gguf", "f16")
+    fields = gguf.GGUFReader(tmp_path / "model.gguf").fields
+    types = fields["tokenizer.ggml.token_type"].contents()
+    assert [types[tokenizer.token_to_id(token)] for token in ("<|channel>", "<turn|>")] == [USER_DEFINED, CONTROL]
+
+
+@pytest.mark.parametrize(("case", "begins"), [("gemma4", True), ("llama", False)])
+def test_whether_a_text_begins_with_a_token_for_it_where_the_folder_does_not_say(
+    case: str, begins: bool, tmp_path: Path
+) -> None:
+    base = tiny_model_folder(tmp_path / "base", case)
+    export_model_gguf(base, None, tmp_path / "model.gguf", "f16")
+    assert gguf.GGUFReader(tmp_path / "model.gguf").fields["tokenizer.ggml.add_bos_token"].contents() is begins

@@ -34,3 +34,12 @@ def test_the_check_passes_what_is_right_and_fails_loudly_otherwise(tmp_path: Pat
         compare_in_llama_cpp(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3)
     with pytest.raises(MlxDpoError, match="cannot be seen"):  # whatever is allowed, it must be nearer to the tuned one
         compare_in_llama_cpp(tmp_path / "base.gguf", rows, on, adapter_off=off, positions=3, tolerance=1e9)
+
+
+def test_longropes_factors_for_long_texts_are_compared_with_mlx_lms(tmp_path: Path) -> None:
+    # a context as short as the rows would have llama.cpp take the factors for short texts
+    base = make_folder(tmp_path / "base", "phi3_longrope", original_max_position_embeddings=512)
+    report = export_model_gguf(base, None, tmp_path / "base.gguf", "f32")
+    assert "--ctx-size 513" in report.notes[0]
+    on, _ = float32_log_probs(base)
+    assert compare_in_llama_cpp(tmp_path / "base.gguf", [IDS], on, positions=3).largest < 1e-4

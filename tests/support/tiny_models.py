@@ -104,15 +104,69 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+MORE_TINY_MODELS: dict[str, dict[str, Any]] = {
+    # for tests of files; those that go through every model of the table above leave these out
+    "qwen3_5_moe": {
+        "model_type": "qwen3_5_moe",
+        "text_config": _ATTENTION
+        | _GATED
+        | {
+            "model_type": "qwen3_5_moe_text",
+            "linear_num_value_heads": 6,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 48,
+            "tie_word_embeddings": False,
+        },
+    },
+    "gemma4": {
+        "model_type": "gemma4",
+        "text_config": _ATTENTION
+        | {
+            "model_type": "gemma4_text",
+            "num_hidden_layers": 6,
+            "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+            "sliding_window": 8,
+            "global_head_dim": 32,
+            "num_kv_shared_layers": 3,
+            "hidden_size_per_layer_input": 16,
+        },
+    },
+    "gpt_oss": _ATTENTION
+    | {
+        "model_type": "gpt_oss",
+        "intermediate_size": 64,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+    },
+    "lfm2_moe": _COMMON
+    | {
+        "model_type": "lfm2_moe",
+        "moe_intermediate_size": 32,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "num_dense_layers": 1,
+        "norm_topk_prob": True,
+        "use_expert_bias": True,
+        "norm_eps": 1e-5,
+        "conv_bias": False,
+        "conv_L_cache": 3,
+        "full_attn_idxs": [1, 3],
+    },
+}
+
 
 def tiny_model_folder(
     folder: Path, arch: str = "llama", *, quantize_bits: int | None = None, seed: int = 0, **config: Any
 ) -> Path:
     """Write a random model of four layers that mlx-lm loads, with a ChatML byte-level BPE tokenizer; give its folder.
 
-    `arch` is a key of `TINY_MODELS`; keywords overwrite what its config.json says (`num_hidden_layers=2`). Weights are
-    float32, far enough from 0 that log-probs differ clearly between tokens; with `quantize_bits` they are MLX-quantized
-    in groups of 32. The same arguments write the same bytes. Token ids: 0 pad, 1 <|im_start|>, 2 <|im_end|> = EOS.
+    `arch` is a key of the tables above; keywords overwrite what its config.json says (`num_hidden_layers=2`). Weights
+    are float32, far enough from 0 that log-probs differ clearly between tokens; with `quantize_bits` they are
+    MLX-quantized in groups of 32. The same arguments write the same bytes. Token ids: 0 pad, 1 <|im_start|>, 2
+    <|im_end|> = EOS.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten, tree_map
@@ -122,12 +176,16 @@ def tiny_model_folder(
     vocabulary = write_tokenizer(folder)
     settings = (
         {"bos_token_id": None, "eos_token_id": IM_END, "pad_token_id": PAD, "vocab_size": vocabulary}
-        | TINY_MODELS[arch]
+        | (TINY_MODELS | MORE_TINY_MODELS)[arch]
         | config
     )
     if "text_config" in settings:
-        settings["text_config"] = settings["text_config"] | {"vocab_size": settings["vocab_size"]}
+        size = {"vocab_size": settings["vocab_size"]}
+        if settings["text_config"].get("hidden_size_per_layer_input"):
+            size["vocab_size_per_layer_input"] = settings["vocab_size"]
+        settings["text_config"] = settings["text_config"] | size
     module = importlib.import_module(f"mlx_lm.models.{settings['model_type']}")
+    mx.random.seed(seed)  # a gated-delta layer draws its decay rates
     model = module.Model(module.ModelArgs.from_dict(settings))
     keys = iter(mx.random.split(mx.random.key(seed), len(tree_flatten(model.parameters()))))
     model.update(
