@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from mlx_dpo import __version__
 from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, plan, score, sft, train
 from mlx_dpo.cli.console import show_error
-from mlx_dpo.errors import MlxDpoError
+from mlx_dpo.errors import MlxDpoError, device_errors
 
 HELP = """
 Teach a language model what you prefer, on your own machine.
@@ -56,7 +56,8 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb; any other exception is a bug and keeps its traceback."""
         try:
-            return super().invoke(ctx)
+            with device_errors():
+                return super().invoke(ctx)
         except MlxDpoError as error:
             show_error(error)
             raise typer.Exit(error.exit_code) from None
