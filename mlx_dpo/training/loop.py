@@ -18,6 +18,7 @@ from mlx_dpo.errors import DeviceError, device_error, device_errors
 from mlx_dpo.evaluation.rows import evaluate_rows
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
 from mlx_dpo.losses.mix import check_loss_config
+from mlx_dpo.macos import kept_awake
 from mlx_dpo.models import lora
 from mlx_dpo.planning.machine import own_limits
 from mlx_dpo.run.card import write_card
@@ -55,6 +56,7 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     check_config(config)
     check_loss_config(config.loss)
     with device_errors(), open_run(Path(config.train.output), resume=resume) as run, own_limits(), ExitStack() as run_long:
+        run_long.enter_context(kept_awake(config.train.caffeinate))
         prepared = prepare(config, run_long, on_event)
         optimizer = make_optimizer(config.optim)
         optimizer.init(prepared.loaded.model.trainable_parameters())
@@ -150,6 +152,7 @@ def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_eve
             lora.save(prepared.loaded.model, prepared.adapter, run.path, base=prepared.loaded.name)
     run.append_metrics({"step": state.step} | {f"eval_{name}": value for name, value in found.items()})
     on_event(Evaluated(state.step, found, best))
+    mx.clear_cache()  # steps are of other shapes
 
 
 def _where_to_begin(

@@ -7,6 +7,7 @@ from math import log
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.logprobs.buckets import padding_share
 from mlx_dpo.logprobs.scorer import optimizations_on
+from mlx_dpo.macos import told
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.machine import in_gb
 from mlx_dpo.reference.choose import reference_model
@@ -34,6 +35,7 @@ def facts(prepared: PreparedRun) -> dict[str, str]:
         "padding": f"{100 * _padding(prepared):.0f} % of the tokens that are read",
         "optimizations": _optimizations(prepared),
         "memory": _memory(prepared),
+        **({"macOS": said} if (said := told(config.train.caffeinate)) else {}),
         "steps": f"{prepared.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
 
