@@ -43,8 +43,8 @@ class DeviceError(MlxDpoError):
 
 
 PLAN = (
-    "`mlx-dpo plan` says what a run needs; --auto takes settings that fit; a smaller --batch-size or --max-length needs "
-    "less, and so does closing other programs"
+    "`mlx-dpo plan` says what a run needs; --auto takes settings that fit; a smaller --batch-size or --max-length "
+    "needs less; closing other programs helps too"
 )
 
 DEVICE_ERRORS: tuple[tuple[tuple[str, ...], str, str], ...] = (
@@ -53,7 +53,7 @@ DEVICE_ERRORS: tuple[tuple[tuple[str, ...], str, str], ...] = (
     (
         ("ImpactingInteractivity", "ErrorTimeout", "ErrorHang"),
         "macOS ended a computation on the GPU, since it kept the display waiting",
-        "let the display sleep while it runs, or leave AGX_RELAX_CDM_CTXSTORE_TIMEOUT at 1, as mlx-dpo sets it; shorter "
+        "let the display sleep while it runs; leave AGX_RELAX_CDM_CTXSTORE_TIMEOUT at 1, as mlx-dpo sets it; shorter "
         "computations help too: a smaller --batch-size, --set speed.prefill_step_size=256",
     ),
     (

@@ -25,7 +25,7 @@ def set_environment(environ: MutableMapping[str, str] = os.environ, platform: st
 
 @contextmanager
 def kept_awake(wanted: bool, platform: str = sys.platform) -> Iterator[None]:
-    """macOS does not go to sleep inside the `with`, nor after it was killed; the display still may. Nothing elsewhere."""
+    """macOS does not go to sleep inside the `with`, though its display may; nothing elsewhere."""
     if not wanted or platform != "darwin":
         yield
         return
@@ -36,9 +36,7 @@ def kept_awake(wanted: bool, platform: str = sys.platform) -> Iterator[None]:
             caffeinate.terminate()
 
 
-def told(
-    awake: bool, environ: MutableMapping[str, str] = os.environ, platform: str = sys.platform
-) -> str:
+def told(awake: bool, environ: MutableMapping[str, str] = os.environ, platform: str = sys.platform) -> str:
     """In a few words, what of it is so; empty but on macOS."""
     if platform != "darwin":
         return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -45,7 +45,7 @@ def test_it_is_set_before_mlx_is_loaded() -> None:
 
 
 class Caffeinate:
-    started: list[list[str]] = []
+    started: ClassVar[list[list[str]]] = []
     ended = 0
 
     def __init__(self, command: list[str]) -> None:

@@ -78,8 +78,9 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
     With `lazy` no weight is read before it is needed; `read_weights` reads them. Without `weights` there need not be
     any: the model then has the form that config.json says, and its arrays are good for nothing but their shapes.
 
-    Quantized weights keep their bits on a GPU, where floats of mixed width become 16-bit. On a CPU, where MLX's quantized and half-precision products are some
-    twenty times slower than float32, `compute_dtype: auto` dequantizes them once to float32: the same function.
+    Quantized weights keep their bits on a GPU, and there a float32 norm or scale among 16 bits becomes 16-bit. On a
+    CPU, where MLX's quantized and half-precision products are some twenty times slower than float32,
+    `compute_dtype: auto` dequantizes them once to float32: the same function.
 
     Raises:
         ModelError: the folder lacks weights, configuration or tokenizer, or mlx-lm cannot read its kind.
@@ -164,6 +165,20 @@ def unload_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
     mx.clear_cache()  # else MLX would keep it for arrays to come
 
 
+def loaded_size(model: nn.Module) -> int:
+    """Bytes that a model's weights take once it is loaded in the form for this device, from those as they are stored.
+
+    On a CPU packed and 16-bit weights become float32, as `load` has it.
+    """
+    if mx.default_device() == mx.gpu:
+        return sum(value.nbytes for value in flat(model.parameters()).values())
+    size = 0
+    for _, layer in model.named_modules():
+        arrays = [value for value in layer.values() if isinstance(value, mx.array)]
+        size += 4 * (full_weight(layer).size if is_packed(layer) else sum(value.size for value in arrays))
+    return size
+
+
 def is_quantized(model: nn.Module) -> bool:
     """Whether any layer holds packed weights."""
     return any(is_packed(module) for _, module in model.named_modules())
@@ -244,7 +259,9 @@ def _as_stored(model: nn.Module) -> str:
     scales, in float32 beside 16-bit matrices. Such floats become 16-bit like the others, except what the architecture
     wants in float32. Gemma's activations are too large for float16.
     """
-    floats = {name: value for name, value in flat(model.parameters()).items() if mx.issubdtype(value.dtype, mx.floating)}
+    floats = {
+        name: value for name, value in flat(model.parameters()).items() if mx.issubdtype(value.dtype, mx.floating)
+    }
     ((most, _),) = Counter(value.dtype for value in floats.values() if value.ndim > 1).most_common(1)
     wide = [name for name, value in floats.items() if value.dtype == mx.float32]
     if most == mx.float32 or not any(name.endswith(("norm.weight", "scales")) for name in wide):

@@ -55,7 +55,12 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     """
     check_config(config)
     check_loss_config(config.loss)
-    with device_errors(), open_run(Path(config.train.output), resume=resume) as run, own_limits(), ExitStack() as run_long:
+    with (
+        device_errors(),
+        open_run(Path(config.train.output), resume=resume) as run,
+        own_limits(),
+        ExitStack() as run_long,
+    ):
         run_long.enter_context(kept_awake(config.train.caffeinate))
         prepared = prepare(config, run_long, on_event)
         optimizer = make_optimizer(config.optim)

@@ -53,7 +53,9 @@ class Steps:
         self._model = prepared.loaded.model
         stats = wanted_stats(prepared.config)
 
-        def objective(model: nn.Module, batch: Batch, ref_logps: mx.array | None, share: float) -> tuple[mx.array, Sums]:
+        def objective(
+            model: nn.Module, batch: Batch, ref_logps: mx.array | None, share: float
+        ) -> tuple[mx.array, Sums]:
             policy = prepared.scorer(batch, stats, gradient=True)
             loss, sums = batch_loss(policy, ref_logps, batch, prepared.config.loss, prepared.kind)
             return loss * share, sums
@@ -85,7 +87,7 @@ class Steps:
         if ahead is not None and self._prepared.moving_reference is None:  # scoring that one would not wait its turn
             self._described = self._describe(ahead)
         mx.eval(fresh, parts, norm)
-        metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
+        metrics = averages(parts) | {"grad_norm": float(norm), "learning_rate": rate}
         if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
             raise RunError(
                 f"step {state.step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; not saved",
@@ -144,4 +146,3 @@ class Steps:
         fresh_state = Finished(parameters, optimizer, random_key())
         mx.async_eval(fresh_state, norm)
         return fresh_state, parts, norm
-
