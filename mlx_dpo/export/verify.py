@@ -117,9 +117,8 @@ def verify_layers(trained: Trained, folder: Path, forms: Mapping[str, Form]) -> 
     for done, (name, module) in enumerate(adapted):
         trained.on_event(Progressed("checking layer by layer", done, len(adapted), "layers"))
         expected, found = rounded(merged_weight(module), forms[name]), full_weight(written[name])
-        off = (
-            mx.linalg.norm(found - expected) / mx.linalg.norm(expected)
-        ).item()  # waits: one layer's weights at a time
+        difference = mx.linalg.norm(found - expected) / mx.linalg.norm(expected)
+        off = float(difference)  # waits: one layer's weights at a time
         if not off <= SAME_WEIGHT:
             raise ModelError(
                 f"the export is not what was trained: {name} is {off:.3g} of its size off base + adapter",
