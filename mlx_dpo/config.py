@@ -102,7 +102,9 @@ class TrainConfig:
     steps_per_report: int = 1  # optimizer steps between lines of metrics.jsonl
     steps_per_eval: int | None = 50  # optimizer steps between evaluations; null: only at the end
     save_every: int = 50  # optimizer steps between checkpoints
+    save_every_minutes: float | None = 10.0  # and minutes, where so many steps take longer; null: steps alone
     keep_checkpoints: int = 2  # the newest ones
+    caffeinate: bool = True  # macOS: keep the machine awake as long as it trains
     keep_best: bool = True  # adapters.safetensors is the best evaluation's, not the last step's
 
 

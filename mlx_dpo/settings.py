@@ -162,6 +162,7 @@ RULES: dict[str, tuple[str, Test]] = {
     "train.steps_per_report": at_least_1,
     "train.steps_per_eval": at_least_1,
     "train.save_every": at_least_1,
+    "train.save_every_minutes": positive,
     "train.keep_checkpoints": at_least_1,
 }
 

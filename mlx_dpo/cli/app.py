@@ -13,7 +13,8 @@ from typer.core import TyperGroup
 from mlx_dpo import __version__
 from mlx_dpo.cli import check, demo, eval, export, fuse, generate, import_gguf, plan, score, sft, train
 from mlx_dpo.cli.console import show_error
-from mlx_dpo.errors import MlxDpoError
+from mlx_dpo.errors import MlxDpoError, device_errors
+from mlx_dpo.macos import set_environment
 
 HELP = """
 Teach a language model what you prefer, on your own machine.
@@ -56,7 +57,8 @@ class Verbs(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb; any other exception is a bug and keeps its traceback."""
         try:
-            return super().invoke(ctx)
+            with device_errors():
+                return super().invoke(ctx)
         except MlxDpoError as error:
             show_error(error)
             raise typer.Exit(error.exit_code) from None
@@ -98,5 +100,6 @@ app.add_typer(export.app, name="export")
 
 def main() -> None:
     """The program `mlx-dpo`."""
+    set_environment()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would advise to install PyTorch
     app()

@@ -120,3 +120,5 @@ def describe(report: FuseReport) -> Iterator[str]:
             f"verified  {found.tokens} tokens of {found.rows} rows: off by {found.error:.2g} nats on average, "
             f"{found.largest:.2g} at most; the adapter itself makes {found.effect:.2g}"
         )
+    if report.compared:
+        yield f"verified  {report.compared} adapted layers, as written, are base + adapter; the model was not run"

@@ -76,6 +76,10 @@ def _show(found: Plan, machine: Machine) -> None:
     lines: list[tuple[str, str, str]] = [(name, in_gb(nbytes), "") for name, nbytes in found.parts.items()]
     room = f"in {highest}, of {in_gb(machine.usable)} that {machine.name} has for arrays"
     lines.append(("memory", in_gb(found.peak), room))
+    if found.buffer_cache >= 1e8:
+        lines.append(
+            ("buffer cache", in_gb(found.buffer_cache), "that MLX keeps for new arrays, as far as there is room")
+        )
     for size, where in ((found.cache_in_memory, "in memory, outside MLX"), (found.cache_on_disk, "on disk")):
         lines += [("activation cache", in_gb(size), where)] if size else []
     lines += [(f"in {name}", in_gb(nbytes), "") for name, nbytes in found.phases.items() if name != highest]

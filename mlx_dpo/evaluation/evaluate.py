@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+import mlx.core as mx
+
 from mlx_dpo.config import DataConfig, LossConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import WINDOW, mismatched, order_batches
 from mlx_dpo.data.load import load_to_judge
@@ -167,10 +169,12 @@ def set_up(
     if reference is not None and choose.is_other_model(reference, model):
         # before the policy's weights are read, so that one model at a time is in memory
         found = choose.compute_ref_logps(reference, model, loaded, None, rows, **how)
+        mx.clear_cache()  # of the other model's weights
     with trainable_gated_delta(loaded.model):
         scorer, noise = _with_adapter(loaded, model.adapter, rows, on_event)
         if reference is not None and found is None:
             found = choose.compute_ref_logps(reference, model, loaded, scorer, rows, **how)
+        mx.clear_cache()
         if found is not None and reference == model:
             yield EvalSetup(replay(found.logps), rows, found.logps, True, kind, report)
         else:

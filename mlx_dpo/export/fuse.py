@@ -24,11 +24,12 @@ from mlx_dpo.export.forms import (
     rounding_errors,
     total_rounding_error,
 )
-from mlx_dpo.export.verify import Trained, Verified, verify_folder
+from mlx_dpo.export.verify import Trained, Verified, verify_folder, verify_layers
 from mlx_dpo.files import written_whole
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import model_folder, read_stored
+from mlx_dpo.models.load import loaded_size, model_folder, read_stored
 from mlx_dpo.models.merge import adapted_layers, base_of, full_weight, is_packed, merged_weight, plain_layer
+from mlx_dpo.planning.machine import in_gb, this_machine
 from mlx_dpo.run.card import card_along
 
 WARN_ABOVE = 2.0
@@ -56,7 +57,11 @@ CARRIED = (
 
 @dataclass(frozen=True)
 class FuseReport:
-    """What was written, and what rounding took; `error` and `kept` as in `LayerRoundingError`, of all layers."""
+    """What was written, and what rounding took; `error` and `kept` as in `LayerRoundingError`, of all layers.
+
+    `verified` is the check of what was written; where the memory is too small for it, `compared` adapted layers were
+    held against base + adapter one by one.
+    """
 
     output: Path
     form: str
@@ -66,6 +71,7 @@ class FuseReport:
     kept: float
     size: int  # bytes of weights
     verified: Verified | None
+    compared: int = 0
 
 
 def fuse(
@@ -89,7 +95,8 @@ def fuse(
     a quantized base becomes 16-bit. With `quantize_bits` (or `quantize_mode`) the result is quantized, but layers that
     the base holds in that very form stay untouched; `keep_adapted_bits` 8 or 16 writes the adapted layers finer than
     the rest. With `verify`, the written folder is loaded and compared with base + adapter on `rows` rows of `data` (the
-    package's own demo rows without it) before it gets its name.
+    package's own demo rows without it) before it gets its name; where it does not fit this machine, its adapted layers
+    are compared one by one, and a warning says so first.
 
     Raises:
         UsageError: `output` holds something, or the settings do not go together.
@@ -108,21 +115,35 @@ def fuse(
     report = FuseReport(output, str(plain.of(one)), str(adapted.of(one)), tuple(layers), error, kept, 0, None)
     if error > WARN_ABOVE:
         on_event(Warned(_advice(report, packed=adapted.bits is not None)))
+    forms = {name: adapted.of(base_of(module)) for name, module in adapted_layers(tuned)}
+    before = loaded_size(tuned)
     # from here on the adapter is gone from `tuned`; measuring came first
     settings = _put_into_form(tuned, config, plain, adapted)
+    machine, needed = this_machine(), max(before, loaded_size(tuned))
+    too_large = verify and not machine.fits(needed, 0)
+    if too_large:
+        on_event(
+            Warned(
+                f"to run the fused model beside base + adapter takes {in_gb(needed)}, and {machine.name} has "
+                f"{in_gb(machine.usable)} for it: its adapted layers are compared one by one instead, and it is not run"
+            )
+        )
     with written_whole(output, folder=True) as beside:
         on_event(Progressed("writing weights", 0, 1, ""))
         write_folder(tuned, settings, folder, beside)
         card_along(adapter, beside, fused=True, on_event=on_event)
         on_event(Progressed("writing weights", 1, 1, ""))
-        verified = None
-        if verify:  # inside the `with`: a folder that is not the trained model never gets its name
-            trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        verified, compared = None, 0
+        # inside the `with`: a folder that is not the trained model never gets its name
+        trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
+        if too_large:
+            compared = verify_layers(trained, beside, forms)
+        elif verify:
             verified = verify_folder(trained, beside, exact=all(layer.form == "float32" for layer in layers))
             if not verified.holds:
                 on_event(Warned(_shortfall(verified)))
         size = sum(file.stat().st_size for file in beside.glob("*.safetensors"))
-    return replace(report, size=size, verified=verified)
+    return replace(report, size=size, verified=verified, compared=compared)
 
 
 def check_output(output: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_dpo.config import DataConfig, ModelConfig, SpeedConfig
@@ -18,11 +19,13 @@ from mlx_dpo.data.tokenize import TokenizedRow, encode_records
 from mlx_dpo.errors import ModelError
 from mlx_dpo.evaluation.rows import score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
+from mlx_dpo.export.forms import Form, rounded
 from mlx_dpo.gguf.base import open_base
 from mlx_dpo.gguf.verify import TOLERANCES, VerifyReport, compare_in_llama_cpp, float32_log_probs
 from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
-from mlx_dpo.models.load import load, model_folder
+from mlx_dpo.models.load import load, model_folder, read_stored
+from mlx_dpo.models.merge import adapted_layers, full_weight, merged_weight
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.sampling.generate import load_tuned
 
@@ -34,6 +37,9 @@ ANOTHER_MODEL = 1.0
 
 DROWNED = 0.5
 """Where weights were rounded: how large the error may be beside the adapter's own effect before the check fails."""
+
+SAME_WEIGHT = 1e-5
+"""Difference of a weight matrix, in its own Frobenius norm, that the order of float32 sums explains."""
 
 Runtime = Callable[[Sequence[TokenizedRow], RefLogps], RefLogps]
 """Token log-probs of rows as another runtime computes them; it is given those of our base model."""
@@ -94,6 +100,32 @@ def verify_folder(trained: Trained, folder: Path, *, adapter: Path | None = None
         return score_rows(Scorer(load_tuned(other).model, PLAIN), tokenized, 8)
 
     return verify(trained, "mlx-lm", run, tolerance=EXACT if exact else None)
+
+
+def verify_layers(trained: Trained, folder: Path, forms: Mapping[str, Form]) -> int:
+    """Holds the adapted layers of a fused folder, as they were written, against W + scale · B A rounded to `forms`.
+
+    For who has no room to load the folder: one layer is in memory at a time, and nothing is run. Gives their number.
+
+    Raises:
+        ModelError: a layer is something else; it is named.
+    """
+    base, _, _ = read_stored(model_folder(trained.model.path, trained.model.revision), trained.model)
+    lora.load(base, trained.model.adapter or "")
+    written = dict(read_stored(folder, ModelConfig(path=str(folder)))[0].named_modules())
+    adapted = adapted_layers(base)
+    for done, (name, module) in enumerate(adapted):
+        trained.on_event(Progressed("checking layer by layer", done, len(adapted), "layers"))
+        expected, found = rounded(merged_weight(module), forms[name]), full_weight(written[name])
+        difference = mx.linalg.norm(found - expected) / mx.linalg.norm(expected)
+        off = float(difference)  # waits: one layer's weights at a time
+        if not off <= SAME_WEIGHT:
+            raise ModelError(
+                f"the export is not what was trained: {name} is {off:.3g} of its size off base + adapter",
+                "nothing was kept of it; please report the model's architecture and the adapter's settings",
+            )
+    trained.on_event(Progressed("checking layer by layer", len(adapted), len(adapted), "layers"))
+    return len(adapted)
 
 
 def verify(trained: Trained, runtime: str, run: Runtime, *, tolerance: float | None) -> Verified:

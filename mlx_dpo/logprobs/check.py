@@ -20,6 +20,7 @@ import mlx.nn as nn
 from mlx_dpo.config import SpeedConfig
 from mlx_dpo.data.batching import Batch, length, make_batch
 from mlx_dpo.data.tokenize import TokenizedRow
+from mlx_dpo.errors import device_error
 from mlx_dpo.events import OnEvent, Warned, ignore
 from mlx_dpo.logprobs.activation_cache import ActivationCache, first_adapted
 from mlx_dpo.logprobs.buckets import ONE_BUCKET
@@ -104,6 +105,8 @@ def _check(
                 difference = max(difference, *_differences(found, expected))
                 relative = max(relative, _relative(found.gradient, expected.gradient))
         except Exception as error:  # of any kind, from the model's own code: then this is left out
+            if device_error(error):
+                raise
             complaint = complaint or f"{type(error).__name__}: {error}"
             continue
         if difference <= tolerance and relative <= relative_tolerance:

@@ -10,9 +10,16 @@ from collections.abc import Callable
 
 import mlx.core as mx
 
-CHUNK_LOGITS = 2**22
-"""Logits that are made at a time (16 MiB in float32; more is no faster). MLX runs ahead by some ten operations, so that
-a dozen such arrays live at once (measured on its CPU backend)."""
+CHUNK_LOGITS = {"cpu": 2**22, "gpu": 2**23, "large gpu": 2**24}
+"""Logits that are made at a time. On a CPU more than these 16 MiB in float32 are no faster (measured). A GPU is idle in
+so small products: it gets 64 tokens of a vocabulary of 128,000, and one with many cores twice that. MLX runs ahead by
+some ten operations, so that a dozen such arrays live at once; planning traces them."""
+
+LEAST_TOKENS = {"cpu": 32, "gpu": 64, "large gpu": 64}
+"""Tokens that are read at a time however large the vocabulary."""
+
+LARGE = ("s", "d")
+"""The last letter of what Metal calls the architecture of a Max or an Ultra (mlx/backend/metal/device.cpp)."""
 
 Head = Callable[[mx.array], mx.array]
 """A model's own head: hidden states `[N, hidden]` to raw logits `[N, vocab]`."""
@@ -28,7 +35,7 @@ def head_logps(
     logits are at hand and kept; the backward pass is then cotangent · J, with no logits made again: the value is
     log p + J · (h − h₀), where h₀ is h itself, held fixed. The head itself gets no gradient: it must be frozen.
     """
-    chunk = max(32, CHUNK_LOGITS // head(hidden[:1]).shape[-1])  # shapes are known without computing
+    chunk = chunk_tokens(head(hidden[:1]).shape[-1], device_size())  # shapes are known without computing
     if not gradient:
         return _by_chunks(lambda h, t: token_logps(head(h), t, stats), hidden, target, chunk)
     width = 1 + len(stats)
@@ -38,6 +45,20 @@ def head_logps(
     values, slope = mx.split(mx.stop_gradient(out), [width], axis=-1)
     moved = ((hidden - fixed).astype(mx.float32) * slope).sum(-1, keepdims=True)  # 0, and its gradient is J
     return mx.concatenate([values[:, :1] + moved, values[:, 1:]], axis=-1)
+
+
+def chunk_tokens(vocabulary: int, device: str) -> int:
+    """Tokens whose logits are made at a time; `device` is a key of `CHUNK_LOGITS`. On a GPU a multiple of 32."""
+    tokens = max(LEAST_TOKENS[device], CHUNK_LOGITS[device] // vocabulary)
+    return tokens if device == "cpu" else tokens // 32 * 32
+
+
+def device_size() -> str:
+    """The key of `CHUNK_LOGITS` for the device that MLX computes on."""
+    if mx.default_device() == mx.cpu:
+        return "cpu"
+    large = not mx.metal.is_available() or str(mx.device_info().get("architecture", "")).endswith(LARGE)
+    return "large gpu" if large else "gpu"
 
 
 def _by_chunks(

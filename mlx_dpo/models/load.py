@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ import mlx.nn as nn
 from mlx.utils import tree_unflatten
 
 from mlx_dpo.config import ModelConfig
-from mlx_dpo.errors import ModelError, UsageError
+from mlx_dpo.errors import ModelError, UsageError, device_error
 from mlx_dpo.models.merge import full_weight, is_packed, plain_layer
+from mlx_dpo.models.trees import flat
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
@@ -76,8 +78,9 @@ def load(config: ModelConfig, *, lazy: bool = False, weights: bool = True) -> Lo
     With `lazy` no weight is read before it is needed; `read_weights` reads them. Without `weights` there need not be
     any: the model then has the form that config.json says, and its arrays are good for nothing but their shapes.
 
-    Quantized weights keep their bits on a GPU. On a CPU, where MLX's quantized and half-precision products are some
-    twenty times slower than float32, `compute_dtype: auto` dequantizes them once to float32: the same function.
+    Quantized weights keep their bits on a GPU, and there a float32 norm or scale among 16 bits becomes 16-bit. On a
+    CPU, where MLX's quantized and half-precision products are some twenty times slower than float32,
+    `compute_dtype: auto` dequantizes them once to float32: the same function.
 
     Raises:
         ModelError: the folder lacks weights, configuration or tokenizer, or mlx-lm cannot read its kind.
@@ -143,7 +146,10 @@ def read_weights(loaded: LoadedModel) -> None:
         for _, layer in loaded.model.named_modules():
             mx.eval([value for value in layer.values() if isinstance(value, mx.array)])
     except RuntimeError as error:
+        if (found := device_error(error)) is not None:
+            raise found from error
         raise ModelError(f"the weights in {loaded.path} cannot be read: {error}", "fetch the model again") from error
+    mx.clear_cache()  # of what was read and then converted
 
 
 def unload_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
@@ -156,6 +162,21 @@ def unload_blocks(loaded: LoadedModel, config: ModelConfig, count: int) -> None:
     _set_compute_dtype(fresh, config)
     for block, unread in zip(loaded.model.layers[:count], fresh.layers, strict=False):
         block.update(unread.parameters())
+    mx.clear_cache()  # else MLX would keep it for arrays to come
+
+
+def loaded_size(model: nn.Module) -> int:
+    """Bytes that a model's weights take once it is loaded in the form for this device, from those as they are stored.
+
+    On a CPU packed and 16-bit weights become float32, as `load` has it.
+    """
+    if mx.default_device() == mx.gpu:
+        return sum(value.nbytes for value in flat(model.parameters()).values())
+    size = 0
+    for _, layer in model.named_modules():
+        arrays = [value for value in layer.values() if isinstance(value, mx.array)]
+        size += 4 * (full_weight(layer).size if is_packed(layer) else sum(value.size for value in arrays))
+    return size
 
 
 def is_quantized(model: nn.Module) -> bool:
@@ -221,7 +242,7 @@ def _set_compute_dtype(model: nn.Module, config: ModelConfig) -> str:
     wanted = config.compute_dtype
     if wanted == "auto":
         if mx.default_device() == mx.gpu:
-            return "stored"
+            return _as_stored(model)
         wanted = "float32"
     if mx.default_device() == mx.cpu:
         # not mlx-lm's dequantize_model: it rounds to the scales' type, and leaves out nvfp4 experts' scale of their own
@@ -229,3 +250,24 @@ def _set_compute_dtype(model: nn.Module, config: ModelConfig) -> str:
         model.update_modules(tree_unflatten([(name, plain_layer(layer, full_weight(layer))) for name, layer in packed]))
     model.set_dtype(DTYPES[wanted])
     return wanted
+
+
+def _as_stored(model: nn.Module) -> str:
+    """Leaves a model as it is stored, but for float32 among 16 bits, and says which it is.
+
+    One float32 norm or embedding has all that follows it computed in float32: GGUF files keep norms, and some folders
+    scales, in float32 beside 16-bit matrices. Such floats become 16-bit like the others, except what the architecture
+    wants in float32. Gemma's activations are too large for float16.
+    """
+    floats = {
+        name: value for name, value in flat(model.parameters()).items() if mx.issubdtype(value.dtype, mx.floating)
+    }
+    ((most, _),) = Counter(value.dtype for value in floats.values() if value.ndim > 1).most_common(1)
+    wide = [name for name, value in floats.items() if value.dtype == mx.float32]
+    if most == mx.float32 or not any(name.endswith(("norm.weight", "scales")) for name in wide):
+        return "stored"
+    half = mx.bfloat16 if str(getattr(model, "model_type", "")).startswith("gemma") else most
+    wanted = getattr(model, "cast_predicate", lambda name: True)
+    cast = [(name, value.astype(half)) for name, value in floats.items() if wanted(name)]
+    model.update(tree_unflatten(cast))
+    return f"stored, {str(half).removeprefix('mlx.core.')}"

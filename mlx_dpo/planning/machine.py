@@ -21,6 +21,9 @@ CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory
 PROCESS_BYTES = 500_000_000
 """Bytes of the Python process beside MLX's arrays: interpreter, libraries, tokenizer (350 to 450 MB measured)."""
 
+CPU_CACHE = 32 * 2**20
+"""Bytes of freed memory that MLX keeps on a CPU (mlx/backend/no_gpu/allocator.cpp)."""
+
 
 class Machine(NamedTuple):
     """`total` bytes of memory, of which MLX's arrays may take `usable`; `name` for people."""
@@ -32,6 +35,10 @@ class Machine(NamedTuple):
     def fits(self, arrays: int, cache: int) -> bool:
         """Whether there is room for MLX's arrays and for the activation cache, which lies outside MLX."""
         return arrays <= self.usable and arrays + cache + PROCESS_BYTES <= self.total
+
+    def room(self, arrays: int, cache: int) -> int:
+        """Bytes that are left beside both."""
+        return max(0, min(self.usable - arrays, self.total - arrays - cache - PROCESS_BYTES))
 
 
 def this_machine() -> Machine:
@@ -65,8 +72,8 @@ def in_gb(size: float) -> str:
 def limit_memory(limit: int, cache: int) -> None:
     """Tells MLX to wait for results beyond `limit` bytes, and on a GPU to keep at most `cache` bytes of freed memory.
 
-    On Metal what may stay resident is raised to what macOS recommends. (On a CPU MLX keeps 32 MB of freed memory; more
-    gained nothing there.)
+    On Metal what may stay resident is raised to what macOS recommends. (On a CPU MLX keeps `CPU_CACHE`; more gained
+    nothing there.)
     """
     from mlx_lm.utils import maybe_set_recommended_wired_limit
 

@@ -17,16 +17,16 @@ from mlx_dpo.losses.mix import mean_over
 from mlx_dpo.models.lora import LEAVES
 from mlx_dpo.planning.batch_shape import BatchShape
 from mlx_dpo.planning.graph import Unknown
-from mlx_dpo.planning.machine import PROCESS_BYTES, Machine, in_gb
+from mlx_dpo.planning.machine import CPU_CACHE, PROCESS_BYTES, Machine, in_gb
 from mlx_dpo.planning.peak_memory import IN_FLIGHT, peak_memory
 from mlx_dpo.planning.traced_run import (
-    UPDATE,
     CachedActivations,
     Phase,
     RunSpec,
     TracedRun,
     persistent_memory,
     trace_run,
+    update_memory,
 )
 
 
@@ -35,8 +35,9 @@ class Plan:
     """What a run will need, in bytes.
 
     `peak` is the most that MLX's arrays take at once, `parts` what for, and `phases` the peak of each phase of the run.
-    With more room than that MLX runs ahead and takes more: `limit` is the memory from which on it is to wait. `working`
-    is the most that a phase takes beside what is there all through it. `cache_in_memory` (outside MLX) or
+    With more room than that MLX runs ahead and takes more: `limit` is the memory from which on it is to wait.
+    `buffer_cache` is what MLX may keep, on top of `peak`, of what was freed: on a GPU as much as a phase works with, as
+    far as there is room; none where memory is short. `cache_in_memory` (outside MLX) or
     `cache_on_disk` is the size of the activation cache, `largest` the micro-batch of most tokens, `speed` the
     optimizations that the model's code takes; `notes` say what is not counted.
     """
@@ -45,7 +46,7 @@ class Plan:
     parts: dict[str, int]
     phases: dict[str, int]
     limit: int
-    working: int
+    buffer_cache: int
     cache_in_memory: int
     cache_on_disk: int
     largest: BatchShape | None
@@ -69,7 +70,7 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
     except Unknown as error:
         notes = [f"activations are not counted, since MLX cannot describe what this model does: {error}"]
         memory = persistent_memory(spec)
-        phase = Phase(memory, UPDATE * memory["adapter"])  # the one that needs no graph
+        phase = Phase(memory, update_memory(memory))  # the one that needs no graph
         run = TracedRun({"the update": phase}, None, spec.config.speed, CachedActivations(0, "nowhere"))
 
     on_gpu = mx.default_device() == mx.gpu
@@ -80,14 +81,15 @@ def foresee(spec: RunSpec, machine: Machine) -> Plan:
     }
     phases = {name: sum(phase.parts.values()) + working[name] for name, phase in run.phases.items()}
     highest = max(phases, key=lambda name: phases[name])
+    in_memory = run.cached.nbytes if run.cached.where == "memory" else 0
     parts = run.phases[highest].parts | {"update" if highest == "the update" else "activations": working[highest]}
     return Plan(
         peak=phases[highest],
         parts={name: size for name, size in parts.items() if size},
         phases=phases,
         limit=machine.usable if on_gpu or notes else phases[highest],  # on a CPU running ahead gains nothing
-        working=max(working.values()),
-        cache_in_memory=run.cached.nbytes if run.cached.where == "memory" else 0,
+        buffer_cache=min(max(working.values()), machine.room(phases[highest], in_memory)) if on_gpu else CPU_CACHE,
+        cache_in_memory=in_memory,
         cache_on_disk=run.cached.nbytes if run.cached.where == "disk" else 0,
         largest=run.largest,
         speed=run.speed,

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optimizers
-from mlx.utils import tree_map
 
 from mlx_dpo.config import RunConfig
-from mlx_dpo.data.batching import Batch, make_batch
-from mlx_dpo.errors import RunError
-from mlx_dpo.evaluation.rows import evaluate_rows, within_noise
+from mlx_dpo.errors import DeviceError, device_error, device_errors
+from mlx_dpo.evaluation.rows import evaluate_rows
 from mlx_dpo.events import Evaluated, OnEvent, Saved, Started, Stepped, Warned, ignore
-from mlx_dpo.logprobs.scorer import wanted_stats
-from mlx_dpo.losses.metrics import Sums, averages
 from mlx_dpo.losses.mix import check_loss_config
-from mlx_dpo.losses.objective import batch_loss, batch_weight
+from mlx_dpo.macos import kept_awake
 from mlx_dpo.models import lora
 from mlx_dpo.planning.machine import own_limits
-from mlx_dpo.reference import store
 from mlx_dpo.run.card import write_card
 from mlx_dpo.run.folder import RunFolder, open_run
 from mlx_dpo.settings import check_config, to_yaml
@@ -34,6 +29,7 @@ from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_c
 from mlx_dpo.training.interrupt import deferred_interrupt
 from mlx_dpo.training.optim import learning_rate, make_optimizer
 from mlx_dpo.training.setup import PreparedRun, fingerprint, prepare
+from mlx_dpo.training.step import Steps
 
 
 @dataclass(frozen=True)
@@ -59,32 +55,48 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
     """
     check_config(config)
     check_loss_config(config.loss)
-    with open_run(Path(config.train.output), resume=resume) as run, own_limits(), ExitStack() as run_long:
+    with (
+        device_errors(),
+        open_run(Path(config.train.output), resume=resume) as run,
+        own_limits(),
+        ExitStack() as run_long,
+    ):
+        run_long.enter_context(kept_awake(config.train.caffeinate))
         prepared = prepare(config, run_long, on_event)
         optimizer = make_optimizer(config.optim)
         optimizer.init(prepared.loaded.model.trainable_parameters())
         state = _where_to_begin(prepared, run, optimizer, resume=resume)
-        take_step = make_step(prepared, optimizer)
+        take_step = Steps(prepared, optimizer)
         _warn(report.warn_of_reference(prepared), on_event)
         on_event(Started(report.facts(prepared), prepared.total_steps, state.step))
-        with deferred_interrupt() as request:
-            if state.step == 0:
+        save = partial(_save, prepared, run, optimizer, state, on_event)
+        with _saved_if_the_device_fails(run, state, take_step, save), deferred_interrupt() as request:
+            evaluated = bool(state.evaluations) and state.evaluations[-1]["step"] == state.step
+            if not evaluated and (state.step == 0 or _due(config.train.steps_per_eval, state.step, prepared)):
                 _evaluate(prepared, run, state, on_event)
 
-            stop = request.is_set()
+            stop, saved_at = request.is_set(), time.monotonic()
             while state.step < prepared.total_steps and not stop:
                 rate = learning_rate(config.optim, state.step, prepared.total_steps)
-                metrics = take_step(_next_batches(prepared, state), rate, state)
+                minutes = (time.monotonic() - saved_at) / 60
+                evaluate = _due(config.train.steps_per_eval, state.step + 1, prepared)
+                save_now = _due(config.train.save_every, state.step + 1, prepared)
+                save_now = save_now or minutes >= (config.train.save_every_minutes or math.inf)
+                batches, place = _next_batches(prepared, state.epoch, state.position)
+                ahead = None if evaluate or save_now else _next_batches(prepared, *place)[0]
+                metrics = take_step(batches, rate, state, ahead)
+                state.epoch, state.position = place
 
                 # once in a while: report, evaluate, save
                 _report(prepared, run, state, metrics, on_event)
-                last = state.step == prepared.total_steps
-                every = config.train.steps_per_eval
-                if last or (every and state.step % every == 0):
+                if evaluate:
                     _evaluate(prepared, run, state, on_event)
                 stop = request.is_set()  # read once, so that the step that ends the run is the step that is saved
-                if last or stop or state.step % config.train.save_every == 0:
-                    _save(prepared, run, optimizer, state, on_event)
+                if stop:
+                    take_step.go_back()  # to this step, from the next one that was being described
+                if save_now or stop:
+                    save()
+                    saved_at = time.monotonic()
 
         if not (config.train.keep_best and state.best):  # else the best evaluation's adapter is there
             lora.save(prepared.loaded.model, prepared.adapter, run.path, base=prepared.loaded.name)
@@ -94,65 +106,17 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
         return TrainResult(run.path, state.step, prepared.total_steps, interrupted, state.evaluations, state.best_step)
 
 
-def make_step(
-    prepared: PreparedRun, optimizer: optimizers.Optimizer
-) -> Callable[[list[list[int]], float, TrainerState], dict[str, float]]:
-    """What takes one optimizer step: gradients weighted by `batch_weight`, clipped, applied; it gives the metrics.
-
-    It is called with the step's micro-batches (row indices), the learning rate and the run's state.
-    """
-    config, model, moving = prepared.config, prepared.loaded.model, prepared.moving_reference
-    stats = wanted_stats(config)
-
-    def objective(model: nn.Module, batch: Batch, ref_logps: mx.array | None, share: float) -> tuple[mx.array, Sums]:
-        policy = prepared.scorer(batch, stats, gradient=True)
-        loss, sums = batch_loss(policy, ref_logps, batch, config.loss, prepared.kind)
-        sums |= within_noise(policy.logps, ref_logps, batch, prepared.checked.noise)
-        return loss * share, sums
-
-    gradient_of = nn.value_and_grad(model, objective)
-
-    def step(micro_batches: list[list[int]], rate: float, state: TrainerState) -> dict[str, float]:
-        began = time.perf_counter()
-        model.train()
-        batches = [make_batch([prepared.rows[i] for i in indices], indices) for indices in micro_batches]
-        total = sum(batch_weight(batch, config.loss) for batch in batches)
-        gradients, parts = None, []
-        for batch in batches:
-            ref_logps = None if prepared.ref_logps is None else store.batch_ref_logps(prepared.ref_logps, batch)
-            (_, sums), fresh = gradient_of(model, batch, ref_logps, batch_weight(batch, config.loss) / total)
-            gradients = fresh if gradients is None else tree_map(mx.add, gradients, fresh)
-            mx.eval(gradients, sums)  # here: one micro-batch's activations are gone before the next one's
-            parts.append(sums)
-            state.tokens += int(batch.tokens_length.sum())
-            del fresh  # else it would keep the unclipped gradients beside the clipped ones
-        gradients, norm = optimizers.clip_grad_norm(gradients, config.optim.max_grad_norm or math.inf)
-        optimizer.learning_rate = rate
-        optimizer.update(model, gradients)
-        mx.eval(model.trainable_parameters(), optimizer.state)
-        state.step += 1
-        if moving is not None and state.step % (config.loss.ref_model_sync_steps or 1) == 0:
-            moving.follow()
-        state.seconds += time.perf_counter() - began
-        metrics = averages(parts) | {"grad_norm": norm.item(), "learning_rate": rate}
-        if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-            raise RunError(
-                f"step {state.step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; not saved",
-                "lower --learning-rate, or look at the rows with `mlx-dpo check`; --resume goes on from a checkpoint",
-            )
-        return metrics
-
-    return step
+def _next_batches(prepared: PreparedRun, epoch: int, position: int) -> tuple[list[list[int]], tuple[int, int]]:
+    """The micro-batches of the step that begins there, and where the one after it begins: epoch and position."""
+    batches = prepared.batches(epoch)
+    taken = batches[position : position + prepared.config.train.grad_accumulation_steps]
+    position += len(taken)
+    return taken, (epoch + 1, 0) if position == len(batches) else (epoch, position)
 
 
-def _next_batches(prepared: PreparedRun, state: TrainerState) -> list[list[int]]:
-    """The micro-batches of the next step; moves the position on, into the next epoch after the last one."""
-    batches = prepared.batches(state.epoch)
-    taken = batches[state.position : state.position + prepared.config.train.grad_accumulation_steps]
-    state.position += len(taken)
-    if state.position == len(batches):
-        state.epoch, state.position = state.epoch + 1, 0
-    return taken
+def _due(every: int | None, step: int, prepared: PreparedRun) -> bool:
+    """Whether what is done every so many steps, and after the last one, is due after `step`."""
+    return step == prepared.total_steps or bool(every and step % every == 0)
 
 
 def _report(
@@ -194,6 +158,7 @@ def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_eve
             lora.save(prepared.loaded.model, prepared.adapter, run.path, base=prepared.loaded.name)
     run.append_metrics({"step": state.step} | {f"eval_{name}": value for name, value in found.items()})
     on_event(Evaluated(state.step, found, best))
+    mx.clear_cache()  # steps are of other shapes
 
 
 def _where_to_begin(
@@ -211,6 +176,26 @@ def _where_to_begin(
             prepared.moving_reference.restore(checkpoints[-1])
     run.keep_metrics_until(state.step if checkpoints else -1)
     return state
+
+
+@contextmanager
+def _saved_if_the_device_fails(
+    run: RunFolder, state: TrainerState, take_step: Steps, save: Callable[[], None]
+) -> Iterator[None]:
+    """Inside the `with`, where GPU or memory fail, the last step that was finished is saved before the run ends."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (found := device_error(error)) is None:
+            raise
+        take_step.go_back()
+        if state.step and not run.checkpoint(state.step).exists():
+            with suppress(RuntimeError):
+                mx.synchronize()  # what the GPU still says of the step that failed
+            with mx.stream(mx.cpu):
+                save()
+        kept = f"; it is saved as it was after step {state.step}, and --resume goes on from there" if state.step else ""
+        raise DeviceError(f"after step {state.step}: {found.message}", found.remedy + kept) from error
 
 
 def _warn(text: str | None, on_event: OnEvent) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
+import mlx.core as mx
 import mlx.optimizers as optimizers
+from mlx.utils import tree_map
 
 from mlx_dpo.config import OptimConfig
 
@@ -36,6 +39,22 @@ SHAPES: dict[str, Callable[[float], float]] = {
 def make_optimizer(config: OptimConfig) -> optimizers.Optimizer:
     """The optimizer that `config` names; the loop sets its learning rate before every step."""
     return OPTIMIZERS[config.name](config)
+
+
+def make_update(optimizer: optimizers.Optimizer, max_grad_norm: float) -> Callable[..., tuple[Any, Any, mx.array]]:
+    """Clipping and the optimizer's rule as one function of trees of arrays: (parameters, gradients, optimizer state) to
+    (new parameters, new state, gradient norm before clipping).
+
+    Compiled, since it is the same thousands of small operations in every step: on a GPU each would be a kernel. All
+    that changes from step to step is in its arguments, the learning rate in the optimizer state.
+    """
+
+    def update(parameters: Any, gradients: Any, state: Any) -> tuple[Any, Any, mx.array]:
+        gradients, norm = optimizers.clip_grad_norm(gradients, max_grad_norm or math.inf)
+        optimizer.state = tree_map(lambda value: value, state)  # its own dictionaries, which it writes into
+        return optimizer.apply_gradients(gradients, parameters), optimizer.state, norm
+
+    return mx.compile(update)
 
 
 def warmup_steps(config: OptimConfig, total: int) -> int:

@@ -8,6 +8,7 @@ from mlx_dpo.data.batching import make_batch
 from mlx_dpo.logprobs.buckets import padding_share
 from mlx_dpo.logprobs.precision import SURE
 from mlx_dpo.logprobs.scorer import optimizations_on
+from mlx_dpo.macos import told
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.machine import in_gb
 from mlx_dpo.reference.choose import reference_model
@@ -39,6 +40,7 @@ def facts(prepared: PreparedRun) -> dict[str, str]:
         "optimizations": _optimizations(prepared),
         "rounding": _rounding(prepared),
         "memory": _memory(prepared),
+        **({"macOS": said} if (said := told(config.train.caffeinate)) else {}),
         "steps": f"{prepared.total_steps} of {config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
     }
 

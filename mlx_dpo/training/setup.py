@@ -96,6 +96,7 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
     with trainable_gated_delta(loaded.model):  # left again, since planning traces such blocks in a way of its own
         checked = check_optimizations(loaded.model, rows, config.speed, checkpoint=checkpoint, on_event=on_event)
     speed = checked.speed
+    mx.clear_cache()  # of each phase: its buffers fit no later one, and a GPU would keep them
     if speed != plan.speed:  # the plan took the model's word for it
         _, plan = _fit_to_machine(replace(spec, config=replace(config, speed=speed)), on_event)
     run_long.enter_context(trainable_gated_delta(loaded.model))
@@ -104,9 +105,11 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, activation_cache=cache)
     if _fill_activation_cache(scorer, config.train.batch_size, rows, visited, on_event):
         unload_blocks(loaded, config.model, scorer.first_adapted)
+    mx.clear_cache()
     ref_logps, ref_file = None, None
     if needs_reference(config.loss):
         ref_logps, ref_file = _reference(config, loaded, scorer, adapter, rows, visited, on_event)
+        mx.clear_cache()
     mx.random.seed(config.train.seed)
     return PreparedRun(
         config, loaded, adapter, scorer, rows, spec.train_rows, ref_logps, ref_file, spec.kind, steps, checked, plan
@@ -115,7 +118,7 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
 
 def _fit_to_machine(spec: RunSpec, on_event: OnEvent) -> tuple[RunSpec, Plan]:
     spec, plan = fit_to_machine(spec, this_machine(), on_event)
-    limit_memory(plan.limit, plan.working)
+    limit_memory(plan.limit, plan.buffer_cache)
     return spec, plan
 
 

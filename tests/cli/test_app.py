@@ -45,6 +45,48 @@ def test_an_error_of_the_programs_keeps_its_traceback(monkeypatch: pytest.Monkey
         call("train", "--model", "m", "--data", "d")
 
 
+@pytest.mark.parametrize(
+    ("said", "meaning", "remedy"),
+    [
+        (
+            "[METAL] Command buffer execution failed: Caused GPU Timeout Error "
+            "(00000002:kIOGPUCommandBufferCallbackErrorTimeout).",
+            "kept the display waiting",
+            "let the display sleep",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Insufficient Memory "
+            "(00000008:kIOGPUCommandBufferCallbackErrorOutOfMemory).",
+            "not enough memory",
+            "mlx-dpo plan",
+        ),
+        ("[malloc] Unable to allocate 123 bytes.", "not enough memory", "--auto"),
+        ("[metal::malloc] Resource limit (499000) exceeded.", "more arrays at once", "prefill_step_size=0"),
+        (
+            "[metal::malloc] Attempting to allocate 9 bytes which is greater than the maximum allowed buffer size of 8",
+            "one array is larger",
+            "--batch-size",
+        ),
+        (
+            "[METAL] Command buffer execution failed: Discarded (victim of GPU error/recovery) "
+            "(00000005:kIOGPUCommandBufferCallbackErrorInnocentVictim).",
+            "the GPU failed",
+            "run it again",
+        ),
+    ],
+)
+def test_a_gpu_that_gives_up_is_no_traceback_and_the_way_out_is_said(
+    said: str, meaning: str, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(import_module("mlx_dpo.evaluation.evaluate"), "evaluate", fail)
+    shown = " ".join(call("eval", "--model", "m", "--data", "d", code=1).stderr.split())
+    assert shown.startswith("error: ")
+    assert meaning in shown and said in shown and remedy in shown
+
+
 def test_ctrl_c_ends_with_130_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

@@ -14,8 +14,11 @@ import pytest
 
 from mlx_dpo.config import DataConfig, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.events import Warned
+from mlx_dpo.events import Progressed, Warned
+from mlx_dpo.export import fuse as fuse_module
 from mlx_dpo.export.fuse import WARN_ABOVE, fuse
+from mlx_dpo.models.merge import base_of, full_weight
+from mlx_dpo.planning.machine import Machine
 from support.adapters import PAIRS, write_adapter, write_pairs
 from support.tiny_models import tiny_model_folder
 
@@ -224,6 +227,29 @@ def test_tokenizer_template_generation_settings_and_card_go_along(tiny_llama: Pa
     index = json.loads((tmp_path / "fused" / "model.safetensors.index.json").read_text())
     assert index["weight_map"].keys() == weights(tmp_path / "fused").keys() == weights(base).keys()
     assert not list(tmp_path.glob(".fused*"))
+
+
+@pytest.mark.parametrize(("bits", "form"), [(None, "float32"), (4, "4-bit affine in groups of 32")])
+def test_where_the_check_does_not_fit_each_adapted_layer_is_compared_as_it_was_written(
+    bits: int | None, form: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = write_adapter(tiny_llama, tmp_path / "adapter")
+    size = 4 * sum(value.size for value in weights(tiny_llama).values())
+    monkeypatch.setattr(fuse_module, "this_machine", lambda: Machine(2**40, size - 1, "a small machine"))
+    said: list[Any] = []
+    how: dict[str, Any] = {"quantize_bits": bits, "quantize_group_size": 32 if bits else None, "rows": 2}
+    model = ModelConfig(path=str(tiny_llama))
+    report = fuse(model, adapter, tmp_path / "fused", on_event=said.append, **how)
+    warned = next(i for i, event in enumerate(said) if isinstance(event, Warned) and "one by one" in event.text)
+    assert "a small machine" in said[warned].text
+    assert warned < next(i for i, event in enumerate(said) if isinstance(event, Progressed) and "writing" in event.name)
+    assert (report.verified, report.compared, report.form) == (None, len(report.layers), form)
+
+    # and the comparison finds a layer that is not base + adapter
+    monkeypatch.setattr(fuse_module, "merged_weight", lambda module: full_weight(base_of(module)))
+    with pytest.raises(ModelError, match="is not what was trained: model"):
+        fuse(model, adapter, tmp_path / "wrong", on_event=said.append, **how)
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_nothing_is_left_of_what_fails(tiny_llama: Path, tmp_path: Path) -> None:

@@ -234,7 +234,7 @@ def test_head_in_chunks_gives_every_number_and_gradient_of_the_plain_path(
     """Tied and untied heads, soft-capped and scaled logits; three chunks, the last of them not full."""
     loaded = adapted_tiny(tmp_path, arch)
     vocabulary = len(loaded.tokenizer)
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", vocabulary * 20)
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, head_module.device_size(), vocabulary * 20)
     batch = make_batch(random_rows(vocabulary), range(4))
     assert 40 < batch.mask.sum() < 60
     expected, expected_gradient = measured(loaded.model, plainly(loaded.model), batch, STATS)
@@ -259,7 +259,7 @@ def test_soft_capping_of_logits_is_in_the_head(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 31, 32, 33, 48, 50])
 def test_no_token_is_lost_where_chunks_meet(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of 16 tokens; log p, its statistics and gradient by the definition, in float64."""
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 1)
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, head_module.device_size(), 1)
     random = np.random.default_rng(count)
     weight, hidden = random.normal(size=(8, 11)), random.normal(size=(count, 8))
     target, cotangent = random.integers(0, 11, count), random.normal(size=count)
@@ -323,6 +323,23 @@ def test_a_head_that_is_trained_takes_the_plain_path(tmp_path: Path) -> None:
     assert relative(found, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("device", "vocabulary", "tokens"),
+    [
+        ("cpu", 49_152, 85),
+        ("cpu", 151_936, 32),
+        ("gpu", 49_152, 160),
+        ("gpu", 128_256, 64),
+        ("gpu", 262_144, 64),
+        ("large gpu", 49_152, 320),
+        ("large gpu", 151_936, 96),
+        ("large gpu", 262_144, 64),
+    ],
+)
+def test_a_gpu_gets_larger_products_of_the_head(device: str, vocabulary: int, tokens: int) -> None:
+    assert head_module.chunk_tokens(vocabulary, device) == tokens
+
+
 # memory
 
 
@@ -333,7 +350,7 @@ def test_the_heads_memory_does_not_grow_with_the_number_of_tokens(
 
     In chunks of 16 tokens (4 MiB) a dozen arrays may live at once, and twice the tokens cost no more of them.
     """
-    monkeypatch.setattr(head_module, "CHUNK_LOGITS", 16 * 2**16)
+    monkeypatch.setitem(head_module.CHUNK_LOGITS, head_module.device_size(), 16 * 2**16)
     loaded = adapted_tiny(tmp_path, "llama", vocab_size=2**16)
     (row,) = random_rows(300, prompts=(1,))
     long = row._replace(completions=tuple((ids * 200)[:127] for ids in row.completions))

@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
-from mlx_dpo.models.load import is_quantized, load, model_folder, unload_blocks
+from mlx_dpo.models import load as load_module
+from mlx_dpo.models.load import is_quantized, load, model_folder, read_stored, unload_blocks
 from support.tiny_models import tiny_model_folder
 
 TOKENS = mx.array([[5, 9, 40, 41, 7, 100, 200, 3]])
@@ -162,6 +163,49 @@ def test_the_form_tells_every_way_of_holding_a_model_apart(tmp_path: Path, tiny_
         )
     ]
     assert len(set(forms)) == len(forms)
+
+
+# on a GPU weights stay as they are stored, but for floats of mixed width; whether there is one does not matter for that
+
+
+def stored(folder: Path, wide: Any, half: mx.Dtype) -> Any:
+    """The model of a folder whose floats are 16-bit, except float32 where `wide(name)` says so, as a GPU gets it."""
+    weights = {
+        name: value if not mx.issubdtype(value.dtype, mx.floating) or wide(name) else value.astype(half)
+        for name, value in mx.load(str(folder / "model.safetensors")).items()
+    }
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return read_stored(folder, ModelConfig(path=str(folder)))[0]
+
+
+@pytest.mark.parametrize(
+    ("arch", "half", "expected"),
+    [
+        ("llama", mx.float16, "float16"),
+        ("qwen3", mx.bfloat16, "bfloat16"),
+        ("gemma3", mx.float16, "bfloat16"),  # its activations overflow float16
+    ],
+)
+@pytest.mark.parametrize("quantize_bits", [None, 8])
+def test_on_a_gpu_norms_and_scales_in_float32_do_not_make_a_16_bit_model_compute_in_float32(
+    quantize_bits: int | None, arch: str, half: mx.Dtype, expected: str, tmp_path: Path
+) -> None:
+    """As a GGUF file is imported: norms and the embedding's scales in float32."""
+    folder = tiny_model_folder(tmp_path, arch, quantize_bits=quantize_bits)
+    model = stored(folder, lambda name: "norm" in name or "embed_tokens" in name, half)
+    assert model(TOKENS).dtype == mx.float32, "else there is nothing to mend"
+    before = log_probs(model)
+    assert load_module._as_stored(model) == f"stored, {expected}"
+    assert str(model(TOKENS).dtype) == f"mlx.core.{expected}"
+    assert mx.abs(log_probs(model) - before).mean() < 0.3
+
+
+@pytest.mark.parametrize(("wide", "half"), [(False, mx.bfloat16), (True, mx.bfloat16)])
+def test_on_a_gpu_a_model_of_one_width_stays_as_it_is(wide: bool, half: mx.Dtype, tmp_path: Path) -> None:
+    model = stored(tiny_model_folder(tmp_path), lambda name: wide, half)
+    before = dict(tree_flatten(model.parameters()))
+    assert load_module._as_stored(model) == "stored"
+    assert all(value is before[name] for name, value in tree_flatten(model.parameters()))
 
 
 # AutoAWQ's packing: eight 4-bit numbers in a word, in the order 0 2 4 6 1 3 5 7, and w = (q - zero) * scale

@@ -38,6 +38,13 @@ def test_arrays_need_room_among_arrays_and_everything_together_in_the_machine() 
     assert not here.fits(8 * PROCESS_BYTES, PROCESS_BYTES + 1), "no room for the process itself"
 
 
+def test_mlx_may_keep_freed_memory_only_where_there_is_room() -> None:
+    here = Machine(total=10 * PROCESS_BYTES, usable=8 * PROCESS_BYTES, name="here")
+    assert here.room(3 * PROCESS_BYTES, 0) == 5 * PROCESS_BYTES
+    assert here.room(3 * PROCESS_BYTES, 2 * PROCESS_BYTES) == 4 * PROCESS_BYTES, "the activation cache is beside it"
+    assert here.room(9 * PROCESS_BYTES, 0) == 0
+
+
 def test_in_a_container_its_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if mx.default_device() != mx.cpu:
         pytest.skip("a GPU has memory of its own")

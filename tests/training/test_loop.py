@@ -23,13 +23,15 @@ from mlx_dpo.config import (
     SpeedConfig,
     TrainConfig,
 )
-from mlx_dpo.errors import DataError, MlxDpoError, RunError
+from mlx_dpo.errors import DataError, DeviceError, MlxDpoError, RunError
 from mlx_dpo.events import Evaluated, Event, Progressed, Saved, Started, Stepped, Warned
 from mlx_dpo.files import cache_folder
 from mlx_dpo.logprobs.scorer import OPTIMIZATIONS
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
+from mlx_dpo.training import loop
 from mlx_dpo.training.loop import TrainResult, train
+from mlx_dpo.training.step import Steps
 from support.tiny_models import tiny_model_folder
 
 WORDS = ("answer", "question", "short", "clear", "says", "many", "words", "prefer", "other", "same", "asks", "needs")
@@ -415,6 +417,81 @@ def test_an_interrupted_run_ends_where_a_straight_one_does_bit_for_bit(
         for run in ("run", "pieces")
     ]
     assert untimed[0] == untimed[1]
+
+
+WATCHDOG = (
+    "[METAL] Command buffer execution failed: Impacting Interactivity "
+    "(0000000e:kIOGPUCommandBufferCallbackErrorImpactingInteractivity)."
+)
+
+
+def fail_at(call: int, function: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
+    """The function, whose call of this number ends as Metal's watchdog ends it: at once, or after all of it."""
+    calls = 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise RuntimeError(WATCHDOG)
+        found = function(*arguments, **options)
+        if calls == call:
+            raise RuntimeError(WATCHDOG)
+        return found
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    ("place", "call", "after", "finished"),
+    [
+        ("step.Steps._gradient", 9, False, 4),  # the second micro-batch of step 5, with the update of step 4 done
+        ("step.Steps._gradient", 8, False, 3),  # step 5 fails while it is described, and 4 is not waited for yet
+        ("step.Steps._begin", 5, True, 4),  # parameters and optimizer are replaced already
+        ("loop.evaluate_rows", 3, False, 6),  # after the step, which has not been evaluated then
+        ("step.Steps._begin", 1, True, 0),
+    ],
+)
+def test_where_the_gpu_gives_up_the_last_finished_step_is_saved_and_the_run_goes_on_bit_for_bit(
+    place: str, call: int, after: bool, finished: int, settings: RunConfig, tmp_path: Path
+) -> None:
+    straight = train(change(hard(settings), train={"save_every": 100}))
+    broken = change(hard(settings), train={"save_every": 100, "output": str(tmp_path / "broken")})
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DeviceError, match="kept the display waiting") as caught:
+        module, _, name = f"mlx_dpo.training.{place}".rpartition(".")
+        owner: Any = Steps if module.endswith("Steps") else loop
+        patch.setattr(owner, name, fail_at(call, getattr(owner, name), after=after))
+        train(broken)
+    assert f"after step {finished}: " in caught.value.message
+    assert ("--resume goes on" in caught.value.remedy) == (finished > 0)
+    assert "AGX_RELAX_CDM_CTXSTORE_TIMEOUT" in caught.value.remedy
+    saved = [path.name for path in (tmp_path / "broken").glob("checkpoints/*")]
+    assert saved == ([f"step-{finished:07d}"] if finished else [])
+    result = train(broken, resume=True)
+    assert (result.evaluations, result.best_step) == (straight.evaluations, straight.best_step)
+    for file in ("adapters", *(f"checkpoints/step-0000009/{n}" for n in ("adapters", "optimizer", "random"))):
+        assert_same_bits(tmp_path / f"run/{file}.safetensors", tmp_path / f"broken/{file}.safetensors")
+
+
+def test_another_error_is_no_failure_of_the_gpu(settings: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> None:
+        raise RuntimeError("[addmm] shapes do not fit")
+
+    monkeypatch.setattr(Steps, "_begin", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(settings)
+
+
+def test_a_checkpoint_comes_after_so_many_minutes_too(settings: RunConfig) -> None:
+    """A billionth of one is over at every step; null leaves it to the steps."""
+    for minutes, expected in ((1e-9, [1, 2, 3, 4, 5, 6, 6]), (10.0, [4, 6, 6]), (None, [4, 6, 6])):
+        said: list[Event] = []
+        output = f"{settings.train.output}-{minutes}"
+        train(
+            change(settings, train={"save_every": 4, "save_every_minutes": minutes, "output": output}),
+            on_event=said.append,
+        )
+        assert [event.step for event in said if isinstance(event, Saved)] == expected
 
 
 def test_an_interrupt_between_two_checkpoints_saves_first(settings: RunConfig, tmp_path: Path) -> None:

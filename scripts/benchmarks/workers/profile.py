@@ -23,9 +23,9 @@ from mlx_dpo.losses.compute import compute_loss
 from mlx_dpo.models.trees import flat
 from mlx_dpo.reference.store import batch_ref_logps
 from mlx_dpo.training.checkpoint import TrainerState
-from mlx_dpo.training.loop import make_step
 from mlx_dpo.training.optim import make_optimizer
 from mlx_dpo.training.setup import PreparedRun, prepare
+from mlx_dpo.training.step import Steps
 
 T = TypeVar("T")
 
@@ -61,7 +61,7 @@ def run(spec: dict[str, Any]) -> None:
     prepared = prepare(run_config(spec), ExitStack())
     optimizer = make_optimizer(prepared.config.optim)
     optimizer.init(prepared.loaded.model.trainable_parameters())
-    step, state = make_step(prepared, optimizer), TrainerState(fingerprint={})
+    step, state = Steps(prepared, optimizer), TrainerState(fingerprint={})
     size = spec["batch"]
     batches = [list(range(i, i + size)) for i in range(0, len(prepared.rows), size)]
     probe, clock = Probe(), Clock()

@@ -18,9 +18,9 @@ from mlx_dpo.logprobs.scorer import Scorer
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
 from mlx_dpo.training.checkpoint import TrainerState
-from mlx_dpo.training.loop import make_step
 from mlx_dpo.training.optim import make_optimizer
 from mlx_dpo.training.setup import PreparedRun
+from mlx_dpo.training.step import Steps
 
 ROWS = 3
 """Different rows; the first one's step is the process's first and does not count."""
@@ -45,7 +45,7 @@ def run(spec: dict[str, Any]) -> None:
     )
     optimizer, state = make_optimizer(config.optim), TrainerState(fingerprint={})
     optimizer.init(loaded.model.trainable_parameters())
-    step = make_step(prepared, optimizer)
+    step = Steps(prepared, optimizer)
     model_bytes = mx.get_active_memory()
     mx.reset_peak_memory()
     if config.speed.activation_cache and scorer.first_adapted > 0:
