@@ -34,6 +34,7 @@ class TrainerState:
     best: dict[str, float] | None = None  # metrics of the best evaluation
     best_step: int = 0
     warned_of_drift: bool = False
+    warned_of_kl: bool = False
     evaluations: list[dict[str, float]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of what decides the batches and their meaning
 
@@ -54,7 +55,7 @@ def save_checkpoint(
     with written_whole(target, folder=True) as folder:
         save(model, adapter, folder, base=base)
         mx.save_safetensors(str(folder / "optimizer.safetensors"), flat(optimizer.state))
-        mx.save_safetensors(str(folder / "random.safetensors"), {"key": _random_key()})
+        mx.save_safetensors(str(folder / "random.safetensors"), {"key": random_key()})
         if reference is not None:
             reference.save(folder)
         (folder / "progress.json").write_text(json.dumps(asdict(state), indent=1) + "\n")
@@ -75,7 +76,7 @@ def restore_checkpoint(
         state = TrainerState(**json.loads((folder / "progress.json").read_text()))
         weights = read_arrays(folder / "adapters.safetensors")
         moments = read_arrays(folder / "optimizer.safetensors")
-        high, low = np.array(read_arrays(folder / "random.safetensors")["key"]).tolist()
+        key = read_arrays(folder / "random.safetensors")["key"]
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise RunError(
             f"the checkpoint {folder} cannot be read: {error}", "remove it, and --resume takes the one before"
@@ -94,10 +95,16 @@ def restore_checkpoint(
         raise RunError(f"the checkpoint {folder} holds another adapter than this configuration makes")
     model.load_weights(list(weights.items()), strict=False)
     optimizer.state = tree_unflatten(list(moments.items()))
-    mx.random.seed(high << 32 | low)  # a seed's key is its two halves, and there is no other way to set it
+    set_random_key(key)
     return state
 
 
-def _random_key() -> mx.array:
+def random_key() -> mx.array:
     """The key of MLX's global random numbers, `[2]` uint32."""
     return mx.random.state[0]  # type: ignore[index]
+
+
+def set_random_key(key: mx.array) -> None:
+    """Makes MLX's global random numbers go on from a key that `random_key` gave."""
+    high, low = np.array(key).tolist()
+    mx.random.seed(high << 32 | low)  # a seed's key is its two halves, and there is no other way to set it

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from math import log
 
+from mlx_dpo.config import RunConfig
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.logprobs.buckets import padding_share
 from mlx_dpo.logprobs.scorer import optimizations_on
+from mlx_dpo.models.lora import mixture_modules
 from mlx_dpo.models.trees import flat
 from mlx_dpo.planning.machine import in_gb
 from mlx_dpo.reference.choose import reference_model
@@ -15,6 +17,15 @@ from mlx_dpo.training.setup import PreparedRun
 
 SAME_FUNCTION = 1e-3
 """KL per token, in nats, within which two ways to compute one model agree."""
+
+LARGE_KL = 1.0
+"""KL per token, in nats, from which on a run is likely to write worse language, whatever its loss says.
+
+It is (log π − log π_ref)² / 2 on the data's answers, so at 1 the tokens' probabilities have moved by a factor of 4
+(e^√2, root mean square). Beyond some 10 nats an answer, preferences of people stop to improve (Gao et al. 2023, arXiv
+2210.10760); an answer of 60 tokens is there at 0.2 nats a token, and pushing rejected answers away makes up for much of
+what is above that. In the demo, sentences repeat themselves or break off from about 1 on.
+"""
 
 FALL = 0.1
 """Share of its size by which the chosen answers' log-prob may fall before the run warns."""
@@ -26,11 +37,13 @@ def facts(prepared: PreparedRun) -> dict[str, str]:
     trained = sum(value.size for value in flat(prepared.loaded.model.trainable_parameters()).values())
     return {
         "model": f"{prepared.loaded.name} ({prepared.loaded.form})",
-        "adapter": f"rank {adapter.rank}, scale {adapter.scale:g}, top {adapter.num_layers} blocks, "
-        f"{trained / 1e6:.2f} M parameters",
+        "adapter": f"{'DoRA of ' if adapter.fine_tune_type == 'dora' else ''}rank {adapter.rank}, scale "
+        f"{adapter.scale:g}, top {adapter.num_layers} blocks, {trained / 1e6:.2f} M parameters",
+        **_not_adapted(prepared),
         "loss": f"{config.loss.type}, β {config.loss.beta:g}",
         "reference": _reference(prepared),
         "rows": f"{prepared.train_rows} to train on, {len(prepared.held_out)} held out",
+        **_samples(prepared),
         "padding": f"{100 * _padding(prepared):.0f} % of the tokens that are read",
         "optimizations": _optimizations(prepared),
         "memory": _memory(prepared),
@@ -83,6 +96,46 @@ def warn_of_drift(state: TrainerState, found: dict[str, float]) -> str | None:
         "add imitation (--loss sigmoid:1,sft:0.2), hold the chosen one up (--loss dpop), compare per token "
         "(--loss sigmoid_norm), or take smaller steps (a lower --learning-rate, a higher --beta)"
     )
+
+
+def warn_of_kl(state: TrainerState, config: RunConfig, metrics: dict[str, float], rows: str) -> str | None:
+    """Says once, while it happens, that the policy has gone so far from the reference that language suffers.
+
+    `rows` says of which the metrics are: those of a step, or those held out.
+    """
+    kl = metrics.get("kl/token", 0.0)
+    if kl <= LARGE_KL or state.warned_of_kl:
+        return None
+    state.warned_of_kl = True
+    sft = "" if "sft" in config.loss.type else ", or add imitation (--loss sigmoid:1,sft:0.2)"
+    return (
+        f"step {state.step}: {rows} are {kl:.2f} nats a token from the reference, and above {LARGE_KL:g} language "
+        "tends to break, however good the accuracy looks. Look at the sampled answers; hold the model closer by a "
+        f"higher --beta (now {config.loss.beta:g}), a lower --learning-rate (now {config.optim.learning_rate:g}), "
+        f"fewer --epochs{sft}"
+    )
+
+
+def _not_adapted(prepared: PreparedRun) -> dict[str, str]:
+    """What of a mixture of experts has no adapter, and how to ask for one."""
+    keys = prepared.adapter.keys
+    mixture = mixture_modules(prepared.loaded.model.layers[-prepared.adapter.num_layers :])
+    said = []
+    for kind in ("experts", "router"):
+        left = [name for name in mixture if mixture[name] == kind and name not in keys]
+        if left:
+            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
+            said.append(f"{kind} ({', '.join(left[:3])}{more})")
+    if not said:
+        return {}
+    how = "" if prepared.config.model.adapter else "; to adapt them too, name all that is to be adapted with --keys"
+    return {"not adapted": " and ".join(said) + how}
+
+
+def _samples(prepared: PreparedRun) -> dict[str, str]:
+    count, which = len(prepared.samples), "held-out" if prepared.held_out else "training"
+    none = "" if prepared.held_out else " (nothing is held out)"
+    return {"samples": f"{count} {which} prompts{none} answered at each evaluation"} if count else {}
 
 
 def _padding(prepared: PreparedRun) -> float:
