@@ -45,7 +45,7 @@ def with_settings(
     place. A setting that is true or false has one flag, which turns it from its default.
     """
     wanted = [setting for key, setting in known_settings().items() if key in keys or key.split(".")[0] in keys]
-    refused = [Setting(key, str | None, None, "") for key in REFUSED if key.split(".")[0] in keys]
+    refused = [Setting(key, str | None, None, "") for key in REFUSED if "train" in keys]
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
