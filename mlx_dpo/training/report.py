@@ -104,7 +104,7 @@ def warn_of_kl(state: TrainerState, config: RunConfig, metrics: dict[str, float]
     `rows` says of which the metrics are: those of a step, or those held out.
     """
     kl = metrics.get("kl/token", 0.0)
-    if kl <= LARGE_KL or state.warned_of_kl:
+    if kl <= LARGE_KL or state.warned_of_kl or state.step < 2:  # until then it says what the run began with
         return None
     state.warned_of_kl = True
     sft = "" if "sft" in config.loss.type else ", or add imitation (--loss sigmoid:1,sft:0.2)"

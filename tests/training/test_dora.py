@@ -89,6 +89,6 @@ def test_a_run_that_starts_from_a_lora_cannot_become_a_dora(config: RunConfig, t
 
 
 def test_a_moving_reference_is_refused_at_once(config: RunConfig, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="lora.fine_tune_type: a reference that follows the policy"):
+    with pytest.raises(UsageError, match=r"lora\.fine_tune_type: a reference that follows the policy"):
         train(replace(config, loss=LossConfig(ref_model_sync_steps=2)))
     assert not (tmp_path / "run").exists()

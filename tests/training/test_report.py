@@ -26,6 +26,7 @@ def test_a_falling_chosen_log_prob_is_told_once_with_what_to_do() -> None:
 
 def test_a_large_kl_is_told_once_with_what_to_do() -> None:
     state, config = TrainerState(step=7), RunConfig()
+    assert warn_of_kl(TrainerState(step=1), config, {"kl/token": 9.0}, "rows") is None, "before the first update"
     assert warn_of_kl(state, config, {"loss": 0.1}, "rows") is None, "no reference"
     assert warn_of_kl(state, config, {"kl/token": LARGE_KL}, "rows") is None
     said = warn_of_kl(state, config, {"kl/token": 1.16}, "the held-out rows")
@@ -37,7 +38,7 @@ def test_a_large_kl_is_told_once_with_what_to_do() -> None:
 
 def test_who_imitates_already_is_not_told_to() -> None:
     config = RunConfig(loss=LossConfig(type="sigmoid:1.0,sft:0.5"))
-    said = warn_of_kl(TrainerState(), config, {"kl/token": 1.7}, "rows")
+    said = warn_of_kl(TrainerState(step=7), config, {"kl/token": 1.7}, "rows")
     assert said and "--loss" not in said
 
 
