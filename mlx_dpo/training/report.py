@@ -19,12 +19,12 @@ SAME_FUNCTION = 1e-3
 """KL per token, in nats, within which two ways to compute one model agree."""
 
 LARGE_KL = 1.0
-"""KL per token, in nats, from which on a run is likely to write worse language, whatever its loss says.
+"""KL per token, in nats, above which a run may be ruining its language, whatever its loss says.
 
-It is (log π − log π_ref)² / 2 on the data's answers, so at 1 the tokens' probabilities have moved by a factor of 4
-(e^√2, root mean square). Beyond some 10 nats an answer, preferences of people stop to improve (Gao et al. 2023, arXiv
-2210.10760); an answer of 60 tokens is there at 0.2 nats a token, and pushing rejected answers away makes up for much of
-what is above that. In the demo, sentences repeat themselves or break off from about 1 on.
+It is (log π − log π_ref)² / 2 on the data's answers: at 1 the tokens' probabilities have moved by a factor of 4 (e^√2,
+root mean square). Of SmolLM2-135M on the demo's pairs at a learning rate of 5e-4, all sampled answers were still language
+at 0.4 (DPO alone, 40 steps); with the sft term, the first word that is none came at 1.15 and short sentences held at 1.3.
+So it is where to look, and no limit.
 """
 
 FALL = 0.1
@@ -99,7 +99,7 @@ def warn_of_drift(state: TrainerState, found: dict[str, float]) -> str | None:
 
 
 def warn_of_kl(state: TrainerState, config: RunConfig, metrics: dict[str, float], rows: str) -> str | None:
-    """Says once, while it happens, that the policy has gone so far from the reference that language suffers.
+    """Says once, while it happens, that the policy has gone so far from the reference that language may suffer.
 
     `rows` says of which the metrics are: those of a step, or those held out.
     """
@@ -110,8 +110,8 @@ def warn_of_kl(state: TrainerState, config: RunConfig, metrics: dict[str, float]
     sft = "" if "sft" in config.loss.type else ", or add imitation (--loss sigmoid:1,sft:0.2)"
     return (
         f"step {state.step}: {rows} are {kl:.2f} nats a token from the reference, and above {LARGE_KL:g} language "
-        "tends to break, however good the accuracy looks. Look at the sampled answers; hold the model closer by a "
-        f"higher --beta (now {config.loss.beta:g}), a lower --learning-rate (now {config.optim.learning_rate:g}), "
+        "may break, however good the accuracy looks. Look at the sampled answers; where they are bad, hold the model "
+        f"closer by a higher --beta (now {config.loss.beta:g}), a lower --learning-rate (now {config.optim.learning_rate:g}), "
         f"fewer --epochs{sft}"
     )
 
