@@ -22,8 +22,8 @@ LARGE_KL = 1.0
 """KL per token, in nats, above which a run may be ruining its language, whatever its loss says.
 
 It is (log π − log π_ref)² / 2 on the data's answers: at 1 the tokens' probabilities have moved by a factor of 4 (e^√2,
-root mean square). Of SmolLM2-135M on the demo's pairs at a learning rate of 5e-4, all sampled answers were still language
-at 0.4 (DPO alone, 40 steps); with the sft term, the first word that is none came at 1.15 and short sentences held at 1.3.
+root mean square). Of SmolLM2-135M on the demo's pairs at a learning rate of 5e-4, all sampled answers were language at
+0.4 (DPO alone, 40 steps); with the sft term, the first word that is none came at 1.15, and short sentences held at 1.3.
 So it is where to look, and no limit.
 """
 
@@ -111,8 +111,8 @@ def warn_of_kl(state: TrainerState, config: RunConfig, metrics: dict[str, float]
     return (
         f"step {state.step}: {rows} are {kl:.2f} nats a token from the reference, and above {LARGE_KL:g} language "
         "may break, however good the accuracy looks. Look at the sampled answers; where they are bad, hold the model "
-        f"closer by a higher --beta (now {config.loss.beta:g}), a lower --learning-rate (now {config.optim.learning_rate:g}), "
-        f"fewer --epochs{sft}"
+        f"closer by a higher --beta (now {config.loss.beta:g}), a lower --learning-rate (now "
+        f"{config.optim.learning_rate:g}), fewer --epochs{sft}"
     )
 
 
