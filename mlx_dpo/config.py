@@ -41,7 +41,8 @@ class LoraConfig:
     alpha: float | None = None  # PEFT's way to say scale: alpha / rank; excludes scale
     dropout: float = 0.0  # share of the inputs of A that is dropped while training
     num_layers: int = 16  # blocks from the top that get an adapter; -1 for all
-    keys: tuple[str, ...] | None = None  # modules of a block, e.g. self_attn.q_proj or q_proj; null: all linear ones
+    keys: tuple[str, ...] | None = None  # modules of a block, e.g. q_proj; null: all linear ones but experts and router
+    fine_tune_type: Literal["lora", "dora"] = "lora"  # dora: rows of the weight get a trained length too; slower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,6 +107,8 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest ones
     caffeinate: bool = True  # macOS: keep the machine awake as long as it trains
     keep_best: bool = True  # adapters.safetensors is the best evaluation's, not the last step's
+    early_stopping_patience: int | None = None  # evaluations without a better held-out loss that end the run
+    eval_samples: int = 3  # prompts answered at each evaluation, by base and tuned model side by side; 0 for none
 
 
 @dataclass(frozen=True, kw_only=True)

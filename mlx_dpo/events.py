@@ -40,6 +40,23 @@ class Evaluated(NamedTuple):
     best: bool
 
 
+class Sample(NamedTuple):
+    """A prompt (its own words, without the chat template) with the answers of the base model and of the tuned one."""
+
+    prompt: str
+    base: str
+    tuned: str
+
+
+class Sampled(NamedTuple):
+    """The model answered a few prompts; `last` says that no more will come, `held_out` whether it trains on them."""
+
+    step: int
+    samples: tuple[Sample, ...]
+    held_out: bool
+    last: bool
+
+
 class Saved(NamedTuple):
     """A checkpoint or the final adapter was written."""
 
@@ -53,7 +70,7 @@ class Warned(NamedTuple):
     text: str
 
 
-Event = Progressed | Started | Stepped | Evaluated | Saved | Warned
+Event = Progressed | Started | Stepped | Evaluated | Sampled | Saved | Warned
 OnEvent = Callable[[Event], Any]
 
 

@@ -58,7 +58,7 @@ def resolve(file: Path | None = None, flags: Iterable[Given] = (), assignments: 
             values[key] = _convert(value, known_settings()[key].kind)
             said[key] = where
         except KeyError:
-            wrong.append(f"{where}: unknown setting{_suggestion(key)}")
+            wrong.append(f"{where}: {REFUSED.get(key) or f'unknown setting{_suggestion(key)}'}")
         except ValueError as error:
             wrong.append(f"{where}: must be {error}, not {value!r}")
     config = RunConfig(
@@ -164,6 +164,8 @@ RULES: dict[str, tuple[str, Test]] = {
     "train.save_every": at_least_1,
     "train.save_every_minutes": positive,
     "train.keep_checkpoints": at_least_1,
+    "train.early_stopping_patience": at_least_1,
+    "train.eval_samples": not_negative,
 }
 
 READERS: dict[str, tuple[str, ...]] = {
@@ -186,6 +188,15 @@ RENAMED = {
 }
 
 
+REFUSED = {
+    # settings of other trainers that people look for, and why there is none here
+    "loss.router_aux_loss_coef": "the router's load-balancing loss is not computed here: the router is frozen unless "
+    "lora.keys names it, so that loss would reach an adapter only through hidden states, and mlx-lm's models keep the "
+    "router's logits to themselves; leave it out, and hold the model near the base by a higher loss.beta where routing "
+    "matters"
+}
+
+
 def _broken_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
     for key, (text, holds) in RULES.items():
         section, name = key.split(".")
@@ -194,6 +205,12 @@ def _broken_rules(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield key, f"must be {text}, not {value!r}"
     if config.lora.alpha is not None and config.lora.scale != LoraConfig.scale:
         yield "lora.alpha", "lora.scale is given too; alpha is another way to say it (scale = alpha / rank)"
+    if config.train.early_stopping_patience is not None and not config.train.keep_best:
+        yield "train.early_stopping_patience", "the run would end after its best adapter, and train.keep_best is off"
+    if config.train.early_stopping_patience is not None and config.train.steps_per_eval is None:
+        yield "train.early_stopping_patience", "train.steps_per_eval is null: nothing is evaluated before the end"
+    if config.lora.fine_tune_type == "dora" and config.loss.ref_model_sync_steps is not None:
+        yield "lora.fine_tune_type", "a reference that follows the policy (loss.ref_model_sync_steps) needs lora"
     for option, optimizers in READERS.items():
         value = getattr(config.optim, option)
         if value != getattr(OptimConfig, option) and config.optim.name not in optimizers:

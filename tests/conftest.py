@@ -55,6 +55,12 @@ def demo_model() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a run answers at its evaluations is cut early: tests of other things need not wait for it."""
+    monkeypatch.setattr("mlx_dpo.training.samples.LONGEST_ANSWER", 2)
+
+
+@pytest.fixture(autouse=True)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or fills the user's cache of reference log-probs."""
     monkeypatch.setenv("MLX_DPO_CACHE", str(tmp_path / "cache"))

@@ -86,6 +86,7 @@ def test_words_of_a_command_line_become_the_declared_types(assignment: str, key:
     ("text", "said"),
     [
         ("lora: {dropot: 0.1}", "lora.dropot: unknown setting; did you mean lora.dropout?"),
+        ("loss: {router_aux_loss_coef: 0.001}", "loss.router_aux_loss_coef: the router's load-balancing loss is not"),
         ("lora: {batch_size: 3}", "lora.batch_size: unknown setting; did you mean train.batch_size?"),
         ("learning_rate: 1e-5", "learning_rate: unknown section; did you mean optim.learning_rate?"),
         ("optimizer: {name: adam}", "optimizer: unknown section; did you mean optim?"),

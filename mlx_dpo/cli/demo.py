@@ -70,7 +70,7 @@ def demo_config(model: Path, output: Path) -> RunConfig:
         lora=LoraConfig(num_layers=8),
         loss=LossConfig(type="sigmoid:1.0,sft:0.5"),
         optim=OptimConfig(learning_rate=5e-4),
-        train=TrainConfig(output=str(output), batch_size=4, epochs=2.0, save_every=1000),
+        train=TrainConfig(output=str(output), batch_size=4, epochs=2.0, save_every=1000, eval_samples=0),
     )
 
 

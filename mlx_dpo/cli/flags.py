@@ -10,7 +10,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from mlx_dpo.settings import SECTIONS, Given, Setting, choices, known_settings, required_type
+from mlx_dpo.settings import REFUSED, SECTIONS, Given, Setting, choices, known_settings, required_type
 
 NAMES = {
     # where a flag is not called like its field
@@ -45,6 +45,7 @@ def with_settings(
     place. A setting that is true or false has one flag, which turns it from its default.
     """
     wanted = [setting for key, setting in known_settings().items() if key in keys or key.split(".")[0] in keys]
+    refused = [Setting(key, str | None, None, "") for key in REFUSED if "train" in keys]
 
     def decorate(verb: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(verb, eval_str=True).parameters.values())[1:]
@@ -52,7 +53,7 @@ def with_settings(
         @wraps(verb)
         def command(**values: Any) -> None:
             given = []
-            for setting in wanted:
+            for setting in (*wanted, *refused):
                 value = values.pop(_parameter(setting))
                 # not given is None whatever the default: a flag left out must not win over the file
                 if value is not None:
@@ -61,6 +62,7 @@ def with_settings(
             verb(Asked(values.pop("config"), given, values.pop("assignments")), **values)
 
         parameters = [*own, *_files(), *(_flag(setting, notes or {}) for setting in wanted)]
+        parameters += [_flag(setting, {}, hidden=True) for setting in refused]  # so that resolve can say why not
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command
@@ -86,7 +88,7 @@ def _files() -> Iterable[inspect.Parameter]:
     yield inspect.Parameter("assignments", kind, default=[], annotation=assignments)
 
 
-def _flag(setting: Setting, notes: Mapping[str, str]) -> inspect.Parameter:
+def _flag(setting: Setting, notes: Mapping[str, str], *, hidden: bool = False) -> inspect.Parameter:
     kind = required_type(setting.kind)
     allowed = choices(kind)
     parts = [
@@ -101,6 +103,7 @@ def _flag(setting: Setting, notes: Mapping[str, str]) -> inspect.Parameter:
         autocompletion=(lambda incomplete: [c for c in allowed if c.startswith(incomplete)]) if allowed else None,
         rich_help_panel=(inspect.getdoc(SECTIONS[setting.key.split(".")[0]]) or "").splitlines()[0].rstrip("."),
         show_default=False,
+        hidden=hidden,
     )
     return inspect.Parameter(
         _parameter(setting),

@@ -13,10 +13,13 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dpo.cli.console import show_warning, stderr
-from mlx_dpo.events import Evaluated, OnEvent, Progressed, Saved, Started, Stepped, Warned
+from mlx_dpo.events import Evaluated, OnEvent, Progressed, Sampled, Saved, Started, Stepped, Warned
 
 LINES = 20
 """Steps that a run reports where no bar can be drawn."""
+
+SAMPLE_WIDTH = 160
+"""Characters of a sampled answer that are shown where there is no terminal to say how many fit a line."""
 
 PACE_PERIOD = 3600.0
 """Seconds back to which a bar looks for the pace. Rich's own 30 would leave steps longer than that without one."""
@@ -149,11 +152,23 @@ def _evaluated(screen: Screen, event: Evaluated) -> None:
     screen.console.print(f"held out, after step {event.step}: {in_words(event.metrics)}{best}")
 
 
+def _sampled(screen: Screen, event: Sampled) -> None:
+    """One prompt, always the same one, while the run goes on, and all of them at its end; an answer a line."""
+    for sample in event.samples if event.last else event.samples[:1]:
+        asked = f"asked {'' if event.held_out else 'a training prompt '}after step {event.step}:"
+        lines = {asked: sample.prompt, "  base  ": sample.base, "  tuned ": sample.tuned}
+        for label, text in lines.items():
+            line = Text.assemble((label, "dim"), " ", " ".join(text.split()) or "(nothing)")
+            line.truncate(screen.console.width if screen.console.is_terminal else SAMPLE_WIDTH, overflow="ellipsis")
+            screen.console.print(line)
+
+
 RENDER: dict[type, Callable[[Screen, Any], None]] = {
     Progressed: _phase,
     Started: _started,
     Stepped: _stepped,
     Evaluated: _evaluated,
+    Sampled: _sampled,
     Saved: lambda screen, event: screen.console.print(Text(f"saved {event.path}", style="dim")),
     Warned: lambda screen, event: show_warning(screen.console, event.text),
 }

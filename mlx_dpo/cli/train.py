@@ -30,7 +30,7 @@ def train(asked: Asked, resume: Resume = False, quiet: Quiet = False) -> None:
       mlx-dpo train --output runs/a --resume
       mlx-dpo train --model MODEL --data pairs.jsonl --loss sigmoid:1.0,sft:0.2
 
-    The run folder gets the adapter, config.yaml, metrics.jsonl and checkpoints.
+    The run folder gets the adapter, config.yaml, metrics.jsonl, samples.jsonl and checkpoints.
     Ctrl-C saves a checkpoint and ends the run; --resume goes on from it.
     """
     run_training(asked, resume=resume, quiet=quiet)
@@ -64,6 +64,11 @@ def show_result(result: TrainResult, config: RunConfig) -> None:
         console.print(f"stopped after step {result.steps} of {result.total_steps}; go on with")
         console.print(f"  mlx-dpo train --output {result.output} --resume")
         return
+    if result.stopped_early:
+        console.print(
+            f"stopped early, after step {result.steps} of {result.total_steps}: no better held-out loss than step "
+            f"{result.best_step}'s in {config.train.early_stopping_patience} evaluations; its adapter is kept"
+        )
     kept = result.best_step if config.train.keep_best else result.steps
     for evaluation in result.evaluations:
         if evaluation["step"] in (0, kept):

@@ -108,12 +108,14 @@ def hugging_face_names(model: nn.Module, config: dict[str, Any]) -> dict[str, st
     Raises:
         ModelError: an adapted layer has no counterpart that PEFT could adapt; all of them are named.
     """
+    mixture = lora.mixture_modules(model.layers)
     multimodal = any("ForConditionalGeneration" in name for name in config.get("architectures") or ())
     names, wrong = {}, []
     for name, module in adapted_layers(model):
         kind = type(module).__name__
-        if kind not in ("LoRALinear", "DoRALinear"):
-            wrong.append(f"{name} ({kind})")
+        in_block = found["name"] if (found := LAYER.match(name)) else ""
+        if kind not in ("LoRALinear", "DoRALinear") or in_block in mixture:
+            wrong.append(f"{name} ({mixture.get(in_block, kind)})")
         inner = name.removeprefix("language_model.")
         if multimodal and inner != name and inner.startswith("model."):
             inner = f"model.language_model.{inner.removeprefix('model.')}"
@@ -121,9 +123,10 @@ def hugging_face_names(model: nn.Module, config: dict[str, Any]) -> dict[str, st
     if wrong:
         more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise ModelError(
-            f"PEFT has no such LoRA: {', '.join(wrong[:4])}{more}. Experts are not layers in transformers, and a tied "
+            f"PEFT has no such LoRA: {', '.join(wrong[:4])}{more}. Experts and routers are no linear layers in "
+            "transformers 5, and what PEFT (target_parameters) writes for experts is read otherwise by others; a tied "
             "embedding's adapter would not reach the head",
-            "fuse the adapter into the model instead",
+            "fuse the adapter into the model (mlx-dpo fuse), or train without these modules (--keys)",
         )
     return names
 

@@ -39,6 +39,14 @@ class LoRAEmbedding(lora.LoRAEmbedding):  # reading it, mlx-lm copies no activat
 
 
 class DoRALinear(dora.DoRALinear):
+    lora_a: mx.array
+
+    def set_width(self) -> None:
+        """Draws A anew where mlx-lm made it too narrow: it counts 32 // bits numbers a word, wrong for 3, 5, 6 bits."""
+        width, rank = self._dequantized_weight().shape[1], self.lora_a.shape[1]
+        if self.lora_a.shape[0] != width:
+            self.lora_a = mx.random.uniform(-(width**-0.5), width**-0.5, (width, rank))
+
     def __call__(self, x: mx.array) -> mx.array:
         # the base's own product: mlx-lm's x @ w.T keeps an unpacked w of each quantized layer for the backward pass
         out = _plus_product(self.linear(x), self.dropout(x), self.lora_a, self.scale * self.lora_b)
@@ -68,6 +76,8 @@ def use_own_layers(model: nn.Module) -> None:
     layer: Any
     for _, layer in model.named_modules():
         layer.__class__ = OURS.get(type(layer), type(layer))
+        if isinstance(layer, DoRALinear):
+            layer.set_width()
 
 
 def _plus_product(y: mx.array, x: mx.array, first: mx.array, second: mx.array) -> mx.array:

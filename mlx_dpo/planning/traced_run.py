@@ -6,8 +6,8 @@ read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -43,7 +43,8 @@ class RunSpec:
     """A run before anything of it is computed: the model with its adapter, as lazy arrays, and the tokenized rows.
 
     The first `train_rows` of `rows` are trained on, the others are for evaluation. `make_optimizer` makes the run's
-    optimizer, of which planning wants to know how large its state is.
+    optimizer, of which planning wants to know how large its state is. `samples` are the rows whose prompts are answered
+    at evaluations, with those prompts' own words.
     """
 
     config: RunConfig
@@ -52,6 +53,7 @@ class RunSpec:
     train_rows: int
     kind: Kind
     make_optimizer: Callable[[], Optimizer]
+    samples: Mapping[int, str] = field(default_factory=dict)
 
     @cached_property
     def batches(self) -> list[list[int]]:
@@ -158,6 +160,10 @@ def trace_run(spec: RunSpec) -> TracedRun:
     # with nothing cached: a little more than with it, and enough for the pass through the frozen blocks too
     scoring = _scoring(model, speed, scored)
     phases["log-probs"] = Phase(parts, scoring)
+    if config.train.eval_samples:  # one prompt at a time, with the blocks that were unloaded read again
+        longest_prompt = max(row_indices, key=lambda i: len(rows[i].prompt))
+        asked = make_batch([rows[longest_prompt]], [longest_prompt])
+        phases["sampled answers"] = Phase(persistent, _scoring(model, speed, asked))
     if config.loss.reference not in ("base", "start", "none"):  # another model, taken to be as large as this one
         plain_scoring = _scoring(model, UNCHECKED, scored)
         phases["the reference"] = Phase(parts | {"reference model": weights}, plain_scoring)

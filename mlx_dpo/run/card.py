@@ -62,10 +62,11 @@ def model_card(run_folder: Path, *, fused: bool = False) -> str:
     base = _hub_name(config.model.path)
     name = run_folder.resolve().name
     of = f"[{base}](https://huggingface.co/{base})" if base else "a model of its author's"
+    kind = {"lora": "LoRA", "dora": "DoRA"}[config.lora.fine_tune_type]
     parts = [
         _metadata(base, fused),
         f"# {name}",
-        f"{'A fine-tune of' if fused else 'A LoRA adapter for'} {of}, made on MLX with mlx_dpo: "
+        f"{'A fine-tune of' if fused else f'A {kind} adapter for'} {of}, made on MLX with mlx_dpo: "
         f"loss `{config.loss.type}`, β {config.loss.beta:g}.",
         _results(config, lines),
         _usage(name, base, fused),
@@ -149,6 +150,8 @@ def _training(config: RunConfig, lines: list[dict[str, Any]]) -> str:
     if last:
         rows["steps"] = f"{last['step']}, {last['epoch']:.2g} epochs"
         rows["time"] = f"{last['seconds']:.0f} s of training, {last['peak_memory_gb']:.2f} GB at the peak"
+    if lines and "early_stopping/best_step" in lines[-1]:
+        rows["stopped early"] = f"no better held-out loss after step {lines[-1]['early_stopping/best_step']}"
     if config.model.adapter:
         rows["started from"] = f"the adapter {Path(config.model.adapter).name}"
     table = "\n".join(f"| {label} | {value} |" for label, value in rows.items())

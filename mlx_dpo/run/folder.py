@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +24,7 @@ class RunFolder:
         self.config = path / "config.yaml"  # the resolved settings, enough to run again
         # one JSON object a report or evaluation: the one source for pictures, trackers and pages
         self.metrics = path / "metrics.jsonl"
+        self.samples = path / "samples.jsonl"  # a line for each prompt that was answered at an evaluation
 
     def checkpoint(self, step: int) -> Path:
         """The folder of the whole training state after `step` optimizer steps."""
@@ -38,13 +39,20 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(metrics) + "\n")
 
+    def append_samples(self, samples: Iterable[dict[str, Any]]) -> None:
+        """Adds lines to `samples.jsonl`."""
+        with self.samples.open("a", encoding="utf-8") as stream:
+            stream.write("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+
     def keep_metrics_until(self, step: int) -> None:
-        """Drops the lines after `step`, which a resumed run will write again."""
-        if not self.metrics.exists():
-            return
-        lines = [line for line in self.metrics.read_text(encoding="utf-8").splitlines() if _step(line) <= step]
-        with written_whole(self.metrics) as beside:
-            beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        """Drops the lines after `step`, samples too, which a resumed run will write again."""
+        for file in (self.metrics, self.samples):
+            if not file.exists():
+                continue
+            # by \n alone: an answer may hold other characters that Python takes for line ends
+            lines = [line for line in file.read_text(encoding="utf-8").split("\n") if line and _step(line) <= step]
+            with written_whole(file) as beside:
+                beside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 @contextmanager

@@ -83,7 +83,8 @@ def generate(
         with nullcontext() if adapter else lora.switched_off(loaded.model):
             if seed is not None:
                 mx.random.seed(seed)
-            yield _answer(loaded, encode(loaded, prompt, raw=raw), max_tokens, temp, top_p, on_token)
+            ids = encode(loaded, prompt, raw=raw)
+            yield answer(loaded, ids, max_tokens=max_tokens, temp=temp, top_p=top_p, on_token=on_token)
 
 
 def compare(
@@ -147,9 +148,19 @@ def end_tokens(tokenizer: Any, config: dict[str, Any]) -> set[int]:
     return {int(token) for token in [*ids, unwrap(tokenizer).eos_token_id] if token is not None}
 
 
-def _answer(
-    loaded: LoadedModel, ids: list[int], max_tokens: int, temp: float, top_p: float, on_token: OnToken | None
+def answer(
+    loaded: LoadedModel,
+    ids: list[int],
+    *,
+    max_tokens: int,
+    temp: float = 0.0,
+    top_p: float = 1.0,
+    on_token: OnToken | None = None,
 ) -> Answer:
+    """The answer to a prompt of token ids, by the model as it is, in evaluation mode; greedy unless `temp` is above 0.
+
+    A greedy answer draws no random number.
+    """
     from mlx_lm.generate import stream_generate
     from mlx_lm.sample_utils import make_sampler
 

@@ -34,6 +34,7 @@ class TrainerState:
     best: dict[str, float] | None = None  # metrics of the best evaluation
     best_step: int = 0
     warned_of_drift: bool = False
+    warned_of_kl: bool = False
     evaluations: list[dict[str, float]] = field(default_factory=list)
     fingerprint: dict[str, Any] = field(default_factory=dict)  # of what decides the batches and their meaning
 
@@ -105,6 +106,6 @@ def random_key() -> mx.array:
 
 
 def set_random_key(key: mx.array) -> None:
-    """Puts it back: a seed's key is its two halves, and there is no other way to set it."""
+    """Makes MLX's global random numbers go on from a key that `random_key` gave."""
     high, low = np.array(key).tolist()
-    mx.random.seed(high << 32 | low)
+    mx.random.seed(high << 32 | low)  # a seed's key is its two halves, and there is no other way to set it

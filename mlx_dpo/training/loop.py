@@ -26,8 +26,10 @@ from mlx_dpo.run.folder import RunFolder, open_run
 from mlx_dpo.settings import check_config, to_yaml
 from mlx_dpo.training import report
 from mlx_dpo.training.checkpoint import TrainerState, restore_checkpoint, save_checkpoint
+from mlx_dpo.training.early_stopping import stops_early
 from mlx_dpo.training.interrupt import deferred_interrupt
 from mlx_dpo.training.optim import learning_rate, make_optimizer
+from mlx_dpo.training.samples import answer_samples
 from mlx_dpo.training.setup import PreparedRun, fingerprint, prepare
 from mlx_dpo.training.step import Steps
 
@@ -42,6 +44,7 @@ class TrainResult:
     interrupted: bool
     evaluations: list[dict[str, float]]
     best_step: int
+    stopped_early: bool = False
 
 
 def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore) -> TrainResult:
@@ -76,7 +79,8 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
                 _evaluate(prepared, run, state, on_event)
 
             stop, saved_at = request.is_set(), time.monotonic()
-            while state.step < prepared.total_steps and not stop:
+            early = stops_early(config.train, state)
+            while state.step < prepared.total_steps and not stop and not early:
                 rate = learning_rate(config.optim, state.step, prepared.total_steps)
                 minutes = (time.monotonic() - saved_at) / 60
                 evaluate = _due(config.train.steps_per_eval, state.step + 1, prepared)
@@ -89,12 +93,17 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
 
                 # once in a while: report, evaluate, save
                 _report(prepared, run, state, metrics, on_event)
+                last = state.step == prepared.total_steps
                 if evaluate:
                     _evaluate(prepared, run, state, on_event)
+                    early = not last and stops_early(config.train, state)
+                    answer_samples(prepared, run, state.step, on_event, last=last or early)
+                if early:
+                    run.append_metrics({"step": state.step, "early_stopping/best_step": state.best_step})
                 stop = request.is_set()  # read once, so that the step that ends the run is the step that is saved
                 if stop:
                     take_step.go_back()  # to this step, from the next one that was being described
-                if save_now or stop:
+                if save_now or stop or early:
                     save()
                     saved_at = time.monotonic()
 
@@ -102,8 +111,11 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
             lora.save(prepared.loaded.model, prepared.adapter, run.path, base=prepared.loaded.name)
         write_card(run.path)
         on_event(Saved(state.step, run.path))
-        interrupted = state.step < prepared.total_steps
-        return TrainResult(run.path, state.step, prepared.total_steps, interrupted, state.evaluations, state.best_step)
+        early = early and state.step < prepared.total_steps
+        interrupted = state.step < prepared.total_steps and not early
+        return TrainResult(
+            run.path, state.step, prepared.total_steps, interrupted, state.evaluations, state.best_step, early
+        )
 
 
 def _next_batches(prepared: PreparedRun, epoch: int, position: int) -> tuple[list[list[int]], tuple[int, int]]:
@@ -124,6 +136,7 @@ def _report(
 ) -> None:
     if state.step == 1:
         _warn(report.warn_of_first_step(prepared, metrics), on_event)
+    _warn(report.warn_of_kl(state, prepared.config, metrics, "the rows of this step"), on_event)
     if state.step % prepared.config.train.steps_per_report == 0 or state.step == prepared.total_steps:
         batches = math.ceil(prepared.train_rows / prepared.config.train.batch_size)
         metrics |= {
@@ -150,6 +163,7 @@ def _evaluate(prepared: PreparedRun, run: RunFolder, state: TrainerState, on_eve
         start = state.evaluations[0]["logps/chosen"] if state.evaluations else found["logps/chosen"]
         found["logps/chosen_drift"] = found["logps/chosen"] - start
         _warn(report.warn_of_drift(state, found), on_event)
+    _warn(report.warn_of_kl(state, prepared.config, found, "the held-out rows"), on_event)
     state.evaluations.append({"step": float(state.step)} | found)
     best = state.step > 0 and (state.best is None or found["loss"] < state.best["loss"])
     if best:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -33,7 +33,9 @@ from mlx_dpo.planning.traced_run import RunSpec
 from mlx_dpo.reference import choose, store
 from mlx_dpo.reference.store import RefLogps
 from mlx_dpo.reference.tr_dpo import MovingReference
+from mlx_dpo.training.early_stopping import check_early_stopping
 from mlx_dpo.training.optim import make_optimizer
+from mlx_dpo.training.samples import choose_samples
 from mlx_dpo.types import Kind
 
 
@@ -53,6 +55,9 @@ class PreparedRun:
     total_steps: int
     checked: Checked  # how exact the optimizations are, and what rounding does
     plan: Plan | None = None  # of its memory
+    blocks_unloaded: bool = False  # the frozen blocks' weights, since the activation cache has what they give
+    samples: Mapping[int, str] = field(default_factory=dict)  # rows whose prompts are answered, with the prompts' words
+    base_answers: list[str] | None = None  # to them, once there are any
 
     _epoch: int = -1
     _batches: list[list[int]] = field(default_factory=list)
@@ -85,6 +90,7 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
         RunError: the run does not fit this machine.
     """
     spec, loaded, adapter = begin(config, partial(load, lazy=True), on_event)
+    check_early_stopping(config.train, len(spec.rows) - spec.train_rows, steps_of(spec.train_rows, config.train)[1])
     spec, plan = _fit_to_machine(spec, on_event)
     on_event(Progressed("loading the model", 0, 1, ""))
     read_weights(loaded)
@@ -103,7 +109,8 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
     budget = (speed.activation_cache_memory_gb * 1e9, speed.activation_cache_disk_gb * 1e9)
     cache = ActivationCache(rows, *budget, visited) if speed.activation_cache else None
     scorer = Scorer(loaded.model, speed, checkpoint=checkpoint, activation_cache=cache)
-    if _fill_activation_cache(scorer, config.train.batch_size, rows, visited, on_event):
+    unloaded = _fill_activation_cache(scorer, config.train.batch_size, rows, visited, on_event)
+    if unloaded:
         unload_blocks(loaded, config.model, scorer.first_adapted)
     mx.clear_cache()
     ref_logps, ref_file = None, None
@@ -112,8 +119,9 @@ def prepare(config: RunConfig, run_long: ExitStack, on_event: OnEvent = ignore) 
         mx.clear_cache()
     mx.random.seed(config.train.seed)
     return PreparedRun(
-        config, loaded, adapter, scorer, rows, spec.train_rows, ref_logps, ref_file, spec.kind, steps, checked, plan
-    )
+        config, loaded, adapter, scorer, rows, spec.train_rows, ref_logps, ref_file, spec.kind, steps, checked, plan,
+        blocks_unloaded=unloaded, samples=spec.samples,
+    )  # fmt: skip
 
 
 def _fit_to_machine(spec: RunSpec, on_event: OnEvent) -> tuple[RunSpec, Plan]:
@@ -171,7 +179,9 @@ def begin(
     else:
         adapter = lora.attach(loaded.model, config.lora, seed=config.train.seed)
     optimizer = partial(make_optimizer, config.optim)
-    return RunSpec(config, loaded.model, [*rows, *valid], len(rows), kind, optimizer), loaded, adapter
+    spec = RunSpec(config, loaded.model, [*rows, *valid], len(rows), kind, optimizer)
+    asked = choose_samples([*splits.train, *splits.valid], spec.rows, len(rows), config.train.eval_samples)
+    return replace(spec, samples=asked), loaded, adapter
 
 
 def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
@@ -183,6 +193,7 @@ def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
         "scale": (scale, plain.scale, adapter.scale),
         "num_layers": (wanted.num_layers, plain.num_layers, adapter.num_layers),
         "keys": (wanted.keys, plain.keys, adapter.keys),
+        "fine_tune_type": (wanted.fine_tune_type, plain.fine_tune_type, adapter.fine_tune_type),
     }
     given = [
         f"{name} {value} (it has {own})" for name, (value, usual, own) in asked.items() if value not in (usual, own)

@@ -23,8 +23,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, bool]]:
     def train(config: RunConfig, *, resume: bool, on_event: object) -> SimpleNamespace:
         calls.append((config, resume))
         return SimpleNamespace(
-            output=Path(config.train.output), steps=3, total_steps=3, interrupted=False, evaluations=[], best_step=3
-        )
+            output=Path(config.train.output), steps=3, total_steps=3, interrupted=False, evaluations=[], best_step=3,
+            stopped_early=False,
+        )  # fmt: skip
 
     monkeypatch.setattr(import_module("mlx_dpo.training.loop"), "train", train)
     return calls

@@ -22,6 +22,7 @@ def sample(setting: Setting) -> tuple[list[str], object]:
         "model.quantize_bits": ("4", 4),
         "model.quantize_group_size": ("32", 32),
         "optim.name": ("lion", "lion"),
+        "train.eval_samples": ("0", 0),
     }
     if kind is bool:
         return [flag], not setting.default
@@ -62,3 +63,11 @@ def test_defaults_stand_in_the_help_as_they_stand_in_the_settings() -> None:
     shown = " ".join(call("train", "--help").stdout.replace("│", " ").split())
     assert f"[default: {TrainConfig().batch_size}]" in shown
     assert f"[default: {LoraConfig().rank}]" in shown
+
+
+@pytest.mark.parametrize("verb", ["train", "sft", "plan"])
+def test_a_router_loss_is_refused_with_the_reason(verb: str) -> None:
+    said = call(verb, "--model", "m", "--data", "d", "--router-aux-loss-coef", "0.001", code=2).stderr
+    assert "--router-aux-loss-coef: the router's load-balancing loss is not computed here" in said
+    assert "unknown" not in said
+    assert "--router-aux-loss-coef" not in call(verb, "--help").stdout, "nothing to offer"

@@ -8,8 +8,8 @@ import re
 import pytest
 from rich.console import Console
 
-from mlx_dpo.cli.progress import RENDER, Screen, about, make_bars, time_left
-from mlx_dpo.events import Evaluated, Event, Started, Stepped
+from mlx_dpo.cli.progress import RENDER, SAMPLE_WIDTH, Screen, about, make_bars, time_left
+from mlx_dpo.events import Evaluated, Event, Sample, Sampled, Started, Stepped
 
 
 def screen(*, terminal: bool, clock: list[float] | None = None) -> Screen:
@@ -82,3 +82,30 @@ def test_on_a_terminal_the_bar_tells_the_time_left_however_long_a_step_takes(pac
     with on.console.capture() as captured:
         on.console.print(on.bars.get_renderable())
     assert re.search(r"0:00:23" if pace == 0.5 else r"1:16:40", captured.get())
+
+
+ANSWERS = (
+    Sample("Who wrote Emma?", "Emma was\n\nwritten [by] Jane Austen.", "Jane Austen."),
+    Sample("Say " + "very " * 60 + "much.", "", "Much."),
+)
+
+
+def test_while_a_run_goes_on_one_prompt_is_shown_with_both_answers_and_at_its_end_all() -> None:
+    on = screen(terminal=False)
+    assert show(on, Sampled(50, ANSWERS, held_out=True, last=False)).splitlines() == [
+        "asked after step 50: Who wrote Emma?",
+        "  base   Emma was written [by] Jane Austen.",
+        "  tuned  Jane Austen.",
+    ]
+    lines = show(on, Sampled(60, ANSWERS, held_out=False, last=True)).splitlines()
+    assert len(lines) == 6
+    assert lines[0] == "asked a training prompt after step 60: Who wrote Emma?"
+    assert lines[3].endswith("…") and len(lines[3]) == SAMPLE_WIDTH
+    assert lines[4:] == ["  base   (nothing)", "  tuned  Much."]
+
+
+def test_on_a_terminal_an_answer_is_cut_to_its_width() -> None:
+    on = screen(terminal=True)
+    on.console.width = 40
+    lines = show(on, Sampled(60, ANSWERS, held_out=True, last=True)).splitlines()
+    assert len(lines) == 6

@@ -24,6 +24,19 @@ def test_a_run_that_was_stopped_says_how_to_go_on(tmp_path: Path, monkeypatch: p
     assert f"mlx-dpo train --output {tmp_path} --resume" in result.stderr
 
 
+def test_a_run_that_stopped_early_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(config: RunConfig, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(
+            output=tmp_path, steps=40, total_steps=90, interrupted=False, evaluations=[], best_step=20,
+            stopped_early=True,
+        )  # fmt: skip
+
+    monkeypatch.setattr(import_module("mlx_dpo.training.loop"), "train", train)
+    result = call("train", "--model", "m", "--data", "d", "--early-stopping-patience", "2")
+    said = " ".join(result.stderr.split())
+    assert "stopped early, after step 40 of 90: no better held-out loss than step 20's in 2 evaluations" in said
+
+
 def test_resume_takes_the_settings_that_the_run_was_started_with(
     tmp_path: Path, trained: list[tuple[RunConfig, bool]]
 ) -> None:

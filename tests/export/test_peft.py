@@ -90,6 +90,15 @@ def test_there_and_back_the_weights_are_the_same(arch: str, kind: str, data: Dat
     assert report.verified[0].effect > 0.01
 
 
+def test_of_a_mixture_the_dense_modules_go_to_peft(data: DataConfig, tmp_path: Path) -> None:
+    base = tiny_model_folder(tmp_path / "base", "qwen2_moe")
+    keys = ["self_attn.q_proj", "mlp.shared_expert.down_proj"]
+    adapter = write_adapter(base, tmp_path / "adapter", keys=keys)
+    report = export_peft(ModelConfig(path=str(base)), adapter, tmp_path / "peft", data=data)
+    assert report.modules == 4
+    assert exported(tmp_path / "peft")[0]["target_modules"] == sorted(keys)
+
+
 def test_inside_a_multimodal_model_names_are_those_of_transformers(data: DataConfig, tmp_path: Path) -> None:
     for architecture, name in (
         ("Qwen3_5ForCausalLM", "base_model.model.model.layers.3.mlp.down_proj.lora_A.weight"),
@@ -120,14 +129,19 @@ def test_of_a_quantized_base_the_original_must_be_named(data: DataConfig, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("arch", "keys"), [("qwen3_moe", ["mlp.switch_mlp.gate_proj"]), ("llama_tied", ["model.embed_tokens"])]
+    ("arch", "keys", "said"),
+    [
+        ("qwen3_moe", ["mlp.switch_mlp.gate_proj"], r"switch_mlp.gate_proj \(experts\)"),
+        ("qwen3_moe", ["mlp.gate"], r"mlp.gate \(router\)"),
+        ("llama_tied", ["model.embed_tokens"], r"embed_tokens \(LoRAEmbedding\)"),
+    ],
 )
-def test_what_peft_cannot_hold_is_refused_by_name(arch: str, keys: list[str], tmp_path: Path) -> None:
+def test_what_peft_cannot_hold_is_refused_by_name(arch: str, keys: list[str], said: str, tmp_path: Path) -> None:
     base = tiny_model_folder(tmp_path / "base", arch)
     adapter = write_adapter(base, tmp_path / "adapter", keys=keys)
-    with pytest.raises(ModelError, match=keys[0].rsplit(".", 1)[-1]) as refusal:
+    with pytest.raises(ModelError, match=said) as refusal:
         export_peft(ModelConfig(path=str(base)), adapter, tmp_path / "peft")
-    assert refusal.value.remedy == "fuse the adapter into the model instead"
+    assert "mlx-dpo fuse" in refusal.value.remedy and "--keys" in refusal.value.remedy
     assert not (tmp_path / "peft").exists()
 
 

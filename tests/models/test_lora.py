@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.utils import load_model
 
 from mlx_dpo.config import LoraConfig, ModelConfig
 from mlx_dpo.errors import ModelError, UsageError
@@ -109,6 +110,132 @@ def test_keys_are_names_of_modules_or_their_ends(wanted: tuple[str, ...], found:
 def test_by_default_every_linear_layer_of_a_block_is_adapted(model: nn.Module) -> None:
     adapter = lora.attach(model, LoraConfig(num_layers=1), seed=0)
     assert sorted(key.split(".")[1] for key in adapter.keys) == sorted(LINEAR)
+
+
+ATTENTION = ["k_proj", "o_proj", "q_proj", "v_proj"]
+SHARED = ["down_proj", "gate_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "bits", "names"),
+    [
+        ("mixtral", None, [f"self_attn.{name}" for name in ATTENTION]),
+        ("qwen3_moe", None, [f"self_attn.{name}" for name in ATTENTION]),
+        ("qwen3_moe", 4, [f"self_attn.{name}" for name in ATTENTION]),
+        (
+            "qwen2_moe",
+            None,
+            [f"mlp.shared_expert.{name}" for name in SHARED]
+            + ["mlp.shared_expert_gate"]
+            + [f"self_attn.{name}" for name in ATTENTION],
+        ),
+    ],
+)
+def test_by_default_neither_experts_nor_the_router_are_adapted(
+    arch: str, bits: int | None, names: list[str], tmp_path: Path
+) -> None:
+    model, _ = load_model(tiny_model_folder(tmp_path, arch, quantize_bits=bits))
+    adapter = lora.attach(model, LoraConfig(num_layers=2), seed=0)
+    assert sorted(adapter.keys) == names
+
+
+def test_experts_are_adapted_when_a_key_names_them(tmp_path: Path) -> None:
+    folder = tiny_model_folder(tmp_path, "qwen2_moe")
+    for keys, found in (
+        (("mlp.switch_mlp.down_proj",), ["mlp.switch_mlp.down_proj"]),
+        (("q_proj", "down_proj"), ["self_attn.q_proj", "mlp.switch_mlp.down_proj", "mlp.shared_expert.down_proj"]),
+        (("mlp.gate",), ["mlp.gate"]),
+    ):
+        model = load(ModelConfig(path=str(folder))).model
+        before = model(TOKENS)
+        assert sorted(lora.attach(model, LoraConfig(num_layers=2, keys=keys), seed=0).keys) == sorted(found)
+        assert not close(changed(model)(TOKENS), before, 1e-3)
+
+
+def test_the_parts_of_a_mixture_are_known_adapted_or_not(tmp_path: Path) -> None:
+    model = load(ModelConfig(path=str(tiny_model_folder(tmp_path, "qwen2_moe")))).model
+    experts = {f"mlp.switch_mlp.{name}": "experts" for name in SHARED}
+    before = lora.mixture_modules(model.layers)
+    assert before == experts | {"mlp.gate": "router"}
+    lora.attach(model, LoraConfig(keys=("mlp.gate", "down_proj")), seed=0)
+    assert lora.mixture_modules(model.layers) == before
+
+
+def module(**children: Any) -> nn.Module:
+    made = nn.Module()
+    for name, child in children.items():
+        setattr(made, name, child)
+    return made
+
+
+def test_experts_in_a_list_of_modules_are_experts_too() -> None:
+    """As dbrx has them: a module for each expert, and its router inside a module of its own."""
+    linear = nn.Linear(8, 8)
+    mlp = module(router=module(layer=linear), experts=[module(w1=linear), module(w1=linear)])
+    block = module(attn=module(out=linear), ffn=mlp, shared_experts=[module(w1=linear)])
+    experts = {f"ffn.experts.{i}.w1": "experts" for i in range(2)}
+    assert lora.mixture_modules([block]) == experts | {"ffn.router.layer": "router"}
+
+
+# dora
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe", "qwen3_5"])
+def test_a_fresh_dora_changes_no_number_and_trains_magnitudes_too(arch: str, tmp_path: Path) -> None:
+    import mlx_lm
+
+    folder = tiny_model_folder(tmp_path / "model", arch)
+    model = load(ModelConfig(path=str(folder))).model
+    before = model(TOKENS)
+    adapter = lora.attach(model, LoraConfig(num_layers=2, fine_tune_type="dora"), seed=0)
+    assert adapter.fine_tune_type == "dora"
+    assert close(model(TOKENS), before, 1e-5)
+    assert {name.rsplit(".", 1)[-1] for name in lora.parameters(model)} == {"lora_a", "lora_b", "m"}
+    theirs, _ = mlx_lm.load(str(folder), adapter_path=str(saved(changed(model), adapter, tmp_path / "adapter")))
+    theirs.eval()
+    assert close(theirs(TOKENS), model(TOKENS), 2e-5)
+
+
+@pytest.mark.parametrize("bits", [3, 5, 6])
+def test_dora_on_3_5_and_6_bits_is_that_of_the_unpacked_weights(bits: int, tmp_path: Path) -> None:
+    """mlx-lm gives A a wrong shape there; what is saved is read back here."""
+    folder = tiny_model_folder(tmp_path / "model", quantize_bits=bits)
+    packed, _ = load_model(folder)
+    adapter = lora.attach(packed, LoraConfig(num_layers=2, fine_tune_type="dora"), seed=0)
+    assert lora.parameters(packed)["model.layers.3.self_attn.q_proj.lora_a"].shape == (64, 8)
+    written = saved(changed(packed), adapter, tmp_path / "adapter")
+    plain = load(ModelConfig(path=str(folder), compute_dtype="float32")).model
+    lora.load(plain, written)
+    assert close(plain(TOKENS), packed(TOKENS), 1e-4)
+    again, _ = load_model(folder)
+    lora.load(again, written)
+    assert equal(again(TOKENS), packed(TOKENS))
+
+
+def test_dora_of_experts_is_refused(tmp_path: Path) -> None:
+    model = load(ModelConfig(path=str(tiny_model_folder(tmp_path, "qwen3_moe")))).model
+    with pytest.raises(UsageError, match=r"no DoRA of experts \(mlp.switch_mlp.down_proj\)"):
+        lora.attach(model, LoraConfig(keys=("q_proj", "down_proj"), fine_tune_type="dora"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("arch", "key", "said"),
+    [
+        ("qwen3_moe", "mlp.switch_mlp.down_proj", "down_proj (experts)"),
+        ("llama_tied", "model.embed_tokens", "model.embed_tokens (a quantized embedding)"),
+    ],
+)
+def test_a_dora_folder_of_what_has_none_is_refused(arch: str, key: str, said: str, tmp_path: Path) -> None:
+    model, _ = load_model(tiny_model_folder(tmp_path / "model", arch, quantize_bits=4))
+    settings = {"rank": 4, "scale": 2.0, "dropout": 0.0, "keys": [key]}
+    (tmp_path / "adapter").mkdir()
+    folder = write(
+        tmp_path / "adapter", {"fine_tune_type": "dora", "num_layers": 1, "lora_parameters": settings}, WEIGHTS
+    )
+    with pytest.raises(ModelError) as caught:
+        lora.load(model, folder)
+    assert said in str(caught.value)
+    assert "fuse it where it was trained" in caught.value.remedy
 
 
 def test_keys_that_name_nothing_are_all_named_with_what_there_is(model: nn.Module) -> None:
@@ -219,7 +346,6 @@ def test_what_is_saved_is_loaded_bit_for_bit(tiny_llama: Path, model: nn.Module,
 def test_an_adapter_that_mlx_lm_made_is_the_same_here(use_dora: bool, tiny_llama: Path, tmp_path: Path) -> None:
     """As `mlx_lm.lora` writes it: no `keys`, and its other options beside."""
     from mlx_lm.tuner.utils import linear_to_lora_layers
-    from mlx_lm.utils import load_model
 
     theirs, _ = load_model(tiny_llama)
     theirs.freeze()

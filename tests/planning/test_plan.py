@@ -93,6 +93,38 @@ def test_experts_gradients_are_not_counted_and_it_says_so(config: RunConfig, tmp
     assert plan.parts["activations"] > plan.parts["weights"]
 
 
+@pytest.mark.parametrize("bits", [None, 4])
+def test_of_a_mixture_without_adapted_experts_all_is_counted(
+    bits: int | None, config: RunConfig, tmp_path: Path
+) -> None:
+    """Gradients go through experts that have no adapter: MLX can describe that, and what it takes is foreseen."""
+    model = tiny_model_folder(tmp_path / "model", "qwen2_moe", hidden_size=256, moe_intermediate_size=512)
+    asked = {"path": str(model), "quantize_bits": bits, "quantize_group_size": 32}
+    config = changed(config, model=asked, lora={"num_layers": -1}, train={"iters": 2})
+    plan, _ = plan_run(config)
+    assert plan.notes == []
+    mx.reset_peak_memory()
+    base = mx.get_active_memory()
+    train(config)
+    assert (mx.get_peak_memory() - base) / plan.peak == pytest.approx(1, abs=0.25)
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3_moe"])
+def test_dora_is_foreseen_without_reading_a_weight(arch: str, config: RunConfig, tmp_path: Path) -> None:
+    model = tiny_model_folder(tmp_path / "model", arch)
+    config = changed(config, model={"path": str(model)})
+    plain, _ = plan_run(config, LARGE)
+    (model / "model.safetensors").unlink()
+    dora, _ = plan_run(changed(config, lora={"fine_tune_type": "dora"}), LARGE)
+    assert dora.parts["adapter"] > plain.parts["adapter"]
+
+
+def test_answers_are_foreseen_with_all_weights_in_memory(config: RunConfig) -> None:
+    plan, _ = plan_run(config, LARGE)
+    without, _ = plan_run(changed(config, train={"eval_samples": 0}), LARGE)
+    assert "sampled answers" in plan.phases and "sampled answers" not in without.phases
+
+
 def test_an_optimization_that_the_models_code_does_not_take_is_left_out(config: RunConfig, tmp_path: Path) -> None:
     model = tiny_model_folder(tmp_path / "mamba2", "mamba2")
     plan, _ = plan_run(changed(config, model={"path": str(model)}, lora={"num_layers": -1}), LARGE)

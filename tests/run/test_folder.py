@@ -99,5 +99,7 @@ def test_a_resumed_run_drops_the_metrics_that_it_will_write_again(tmp_path: Path
         run.append_metrics({"step": step, "loss": 0.5})
     with run.metrics.open("a") as stream:
         stream.write('{"step": 4, "lo')  # a kill cut this line short
+    run.append_samples({"step": step, "tuned": "a line\u2028break in an answer"} for step in (2, 3))
     run.keep_metrics_until(2)
+    assert [json.loads(line)["step"] for line in run.samples.read_text().split("\n") if line] == [2]
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]

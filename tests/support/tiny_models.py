@@ -63,6 +63,14 @@ TINY_MODELS: dict[str, dict[str, Any]] = {
     },
     "phi3": _COMMON | {"model_type": "phi3"},
     "mixtral": _COMMON | {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": _COMMON
+    | _EXPERTS
+    | {
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 64,
+        "shared_expert_intermediate_size": 96,
+        "tie_word_embeddings": False,
+    },
     "qwen3_moe": _ATTENTION
     | _EXPERTS
     | {

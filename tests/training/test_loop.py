@@ -62,7 +62,7 @@ def settings(tiny_llama: Path, tmp_path: Path) -> RunConfig:
         data=DataConfig(path=str(written(tmp_path / "pairs.jsonl", preferences(17))), valid_fraction=0),
         lora=LoraConfig(num_layers=2, rank=4),
         optim=OptimConfig(learning_rate=1e-3, lr_scheduler_type="constant", warmup_ratio=0),
-        train=TrainConfig(output=str(tmp_path / "run"), batch_size=3, iters=6),
+        train=TrainConfig(output=str(tmp_path / "run"), batch_size=3, iters=6, eval_samples=0),
     )
 
 
