@@ -5,16 +5,19 @@ What is scored is decided here: every id in `TokenizedRow.completions` counts, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.config import DataConfig
+from mlx_dpo.data import template
+from mlx_dpo.data.reasoning import Finding, examine_answers, remedies, sentences
 from mlx_dpo.data.records import Context, Ranking, Record, Text, Unpaired, first_few
+from mlx_dpo.data.template import unwrap
 from mlx_dpo.errors import DataError
 
-Encoded = TypeVar("Encoded")
+Given = TypeVar("Given")
 
 
 class TokenizedRow(NamedTuple):
@@ -57,6 +60,8 @@ class EncodeReport:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     longest: int = 0
+    findings: list[Finding] = field(default_factory=list)  # what the chat template did to answers
+    remedies: Mapping[str, str] = field(default_factory=dict)  # what to do about each kind of finding
 
     def count(self, whole: TokenizedRow, row: TokenizedRow, eos: int | None) -> None:
         """Adds a row that is kept as `row` and was `whole` before truncation."""
@@ -72,8 +77,11 @@ class EncodeReport:
         self.completion_tokens += sum(map(len, row.completions))
         self.longest = max(self.longest, *lengths)
 
-    def warnings(self, max_length: int | None) -> list[str]:
-        """Sentences for the log; empty when every row went in whole."""
+    def warnings(self, max_length: int | None, *, each: bool = False) -> list[str]:
+        """Sentences for the log; empty when every row went in whole.
+
+        What the chat template did to answers is one of them; with `each`, one for each kind of it, naming more rows.
+        """
         said = []
         if self.dropped:
             limit = f" within max_length {max_length}" if max_length is not None else ""
@@ -91,56 +99,94 @@ class EncodeReport:
                 f"in {self.boundary_merges} of {self.rows} rows the prompt's end tokenizes otherwise before an answer; "
                 f"it counts as part of the answer (first: {self.boundary_example!r})"
             )
-        return said
+        told = sentences(self.findings, self.remedies, self.rows, names=10 if each else 3)
+        return said + (told if each or not told else ["in the chat template " + "; ".join(told)])
 
 
-def unwrap(tokenizer: Any) -> Any:
-    """The Hugging Face tokenizer inside mlx-lm's wrapper, whose template call adds arguments of its own."""
-    inner = getattr(tokenizer, "_tokenizer", None)  # a bare fast tokenizer has one too, of another kind
-    return inner if hasattr(inner, "apply_chat_template") else tokenizer
-
-
-def encode_text(tokenizer: Any, text: Text, *, generation_prompt: bool = False, **template: Any) -> list[int]:
-    """Token ids of a string, or of messages through the chat template."""
+def encode_text(tokenizer: Any, text: Text, *, generation_prompt: bool = False, **arguments: Any) -> list[int]:
+    """Token ids of a string, or of messages through the chat template, which gets the `arguments`."""
     if isinstance(text, str):
         return list(tokenizer(text)["input_ids"])
     ids = tokenizer.apply_chat_template(
-        [dict(message) for message in text],
+        template.template_messages(text),
         tokenize=True,
         return_dict=True,
         add_generation_prompt=generation_prompt,
-        **template,
+        **arguments,
     )
     return list(ids["input_ids"])
 
 
-def encode_prompt(tokenizer: Any, record: Context) -> list[int]:
+def encode_prompt(tokenizer: Any, record: Context, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of a record's prompt, ready for an answer to be generated after it."""
     tokenizer = unwrap(tokenizer)
     if isinstance(record.prompt, str):
         return encode_text(tokenizer, record.prompt)
-    return encode_text(tokenizer, record.prompt, generation_prompt=True, **_template_arguments(tokenizer, record))
+    arguments = template.arguments(tokenizer, chat_template_kwargs, record)
+    return encode_text(tokenizer, record.prompt, generation_prompt=True, **arguments)
 
 
-def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[int]]:
-    """One record as token ids, before truncation, and the prompt tokens that the boundary rule took off.
+class Encoded(NamedTuple):
+    """A record as token ids, before truncation.
+
+    `taken_off` are the prompt's last tokens, where the same text is other tokens before an answer; `found` is what the
+    chat template did to the answers.
+    """
+
+    row: TokenizedRow
+    taken_off: list[int]
+    found: list[Finding]
+
+
+def encode_record(record: Record, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> Encoded:
+    """One record as token ids, and what the boundary rule and the chat template did to it.
 
     The prompt is the longest prefix that the tokenized prompt shares with every tokenized prompt + answer, so a token
-    that merges over the boundary belongs to the answer (TRL 1.16's rule). Strings get the end-of-sequence token
-    appended unless they end in it; for messages the template decides.
+    that merges over the boundary belongs to the answer (TRL 1.16's rule). An empty think block is prompt besides,
+    whether the template writes it at the generation prompt or before an answer without reasoning: no answer says it.
+    Strings get the end-of-sequence token appended unless they end in it; for messages the template decides.
     Raises DataError where the template refuses the messages, or the model has none.
     """
     tokenizer = unwrap(tokenizer)
     # Prompt and whole are encoded apart and compared, never prompt and answer joined as ids: a tokenizer may merge over
     # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
-    prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
-    wholes = _guard(record, tokenizer, lambda: [_encode_whole(tokenizer, record, a) for a in record.completions])
-    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(prompt_ids, *wholes, strict=False)))
+    given = chat_template_kwargs
+    prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record, given))
+    wholes = _guard(record, tokenizer, lambda: [_encode_whole(tokenizer, record, a, given) for a in record.completions])
+    found: list[Finding] = []
+    merges = True
+    if not isinstance(record.prompt, str):
+        arguments = template.arguments(tokenizer, given, record)
+        rendered = _guard(record, tokenizer, lambda: template.render_record(record, tokenizer, **arguments))
+        if rendered.prompt is not None:
+            prompt_ids, wholes = _with_think_block(tokenizer, rendered, prompt_ids, wholes)
+        found = examine_answers(record, rendered, tokenizer)
+        merges = rendered.prompt is not None or rendered.shared == len(rendered.generation)
+    shared = _common_prefix(prompt_ids, wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
     label = (1 if record.label else -1) if isinstance(record, Unpaired) else 0
     row = TokenizedRow(record.id, prompt_ids[:shared], completions, (0,) * len(completions), ranks, label)
-    return row, prompt_ids[shared:]
+    return Encoded(row, prompt_ids[shared:] if merges else [], found)
+
+
+def _common_prefix(prompt: Sequence[int], wholes: Sequence[Sequence[int]]) -> int:
+    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(prompt, *wholes, strict=False)))
+
+
+def _with_think_block(
+    tokenizer: Any, rendered: template.Rendered, prompt_ids: list[int], wholes: list[list[int]]
+) -> tuple[list[int], list[list[int]]]:
+    """Prompt and wholes with the empty think block in the prompt, and in the wholes if they lack it."""
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    assert rendered.prompt is not None and rendered.own is not None
+    if [encode(whole) for whole in rendered.wholes] != wholes:  # a tokenizer that does not go by the text
+        return prompt_ids, wholes
+    longer = [encode(rendered.prompt + whole[rendered.own :]) for whole in rendered.wholes]
+    return encode(rendered.prompt), longer
 
 
 def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedRow | None:
@@ -173,9 +219,12 @@ def encode_records(
     rows: list[TokenizedRow] = []
     report = EncodeReport()
     hf = unwrap(tokenizer)
+    given = config.chat_template_kwargs
+    template.check_arguments(tokenizer, given)
     for record in records:
-        whole, taken_off = encode_record(record, tokenizer)
+        whole, taken_off, found = encode_record(record, tokenizer, given)
         report.rows += 1
+        report.findings += found
         if taken_off:
             report.boundary_merges += 1
             report.boundary_example = report.boundary_example or hf.decode(taken_off)
@@ -185,6 +234,8 @@ def encode_records(
             continue
         report.count(whole, row, hf.eos_token_id)
         rows.append(row)
+    if report.findings:
+        report.remedies = remedies(hf, **template.arguments(hf, given))
     if not rows:
         limit = f" left within max_length {config.max_length}" if config.max_length is not None else ""
         raise DataError(
@@ -194,21 +245,16 @@ def encode_records(
     return rows, report
 
 
-def _encode_whole(tokenizer: Any, record: Record, answer: Text) -> list[int]:
+def _encode_whole(tokenizer: Any, record: Record, answer: Text, given: Mapping[str, Any] | None) -> list[int]:
     if isinstance(record.prompt, str) and isinstance(answer, str):
         eos = tokenizer.eos_token or ""
         return encode_text(tokenizer, record.prompt + (answer if answer.endswith(eos) else answer + eos))
     if isinstance(record.prompt, str) or isinstance(answer, str):
         raise DataError(f"row {record.id}: prompt and answer must both be strings or both be messages")
-    return encode_text(tokenizer, record.prompt + answer, **_template_arguments(tokenizer, record))
+    return encode_text(tokenizer, record.prompt + answer, **template.arguments(tokenizer, given, record))
 
 
-def _template_arguments(tokenizer: Any, record: Context) -> Mapping[str, Any]:
-    tools = [dict(tool) for tool in record.tools] if record.tools else None
-    return {"tools": tools, **(record.chat_template_kwargs or {})}
-
-
-def _guard(record: Record, tokenizer: Any, encode: Callable[[], Encoded]) -> Encoded:
+def _guard(record: Record, tokenizer: Any, encode: Callable[[], Given]) -> Given:
     """Template errors come from the data or the model's template: say which row, instead of a traceback."""
     from jinja2.exceptions import TemplateError
 
