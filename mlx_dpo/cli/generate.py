@@ -60,7 +60,7 @@ def generate(
 
     loaded = load_tuned(config.model)
     questions = [line for prompt in prompts for line in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])]
-    how = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed, "raw": raw}
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed, "raw": raw}
     how["chat_template_kwargs"] = config.data.chat_template_kwargs
     (_compare if compare else _answer)(loaded, questions, how, as_json)
 

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from mlx_dpo.data.records import Message, Record, Text, first_few
 from mlx_dpo.data.template import (
-    REASONING_KEYS,
     THINK_BLOCKS,
     Rendered,
     closes_thinking,
     keeps_reasoning,
     opens_thinking,
+    shared_prefix,
     source,
     squashed,
     switch,
     think_blocks,
 )
+from mlx_dpo.data.texts import REASONING_KEYS
 
 SHOWN = 60  # characters of a removed text that are shown
 
 
 class Finding(NamedTuple):
-    """One thing that the template did to an answer of row `row`: `kind` is a key of `KINDS`, `text` what it is about."""
+    """One thing that the template did to an answer of `row`: `kind` is a key of `KINDS`, `text` what it is about."""
 
     kind: str
     row: str
@@ -144,9 +144,9 @@ def _unlike_generation(rendered: Rendered, tokenizer: Any) -> dict[str, str]:
     prompt, generation = rendered.prompt, rendered.generation
     if prompt is None:
         prompt = generation[: rendered.shared]
-    begin = len(os.path.commonprefix([prompt, generation]))
     if prompt == generation:
         return {}
+    begin = shared_prefix(prompt, generation)
     if opens_thinking(generation[:begin], tokenizer):
         begin = max(generation.rfind(opens, 0, begin) for opens, _ in think_blocks(source(tokenizer)))
     kind = "unthought" if rendered.prompt is not None or opens_thinking(generation, tokenizer) else "unlike"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from mlx_dpo.data.records import Context, Message, Record, Text
+from mlx_dpo.data.texts import REASONING_KEYS
 from mlx_dpo.errors import UsageError
 
 THINK_BLOCKS = (
@@ -22,9 +23,6 @@ THINK_BLOCKS = (
     ("<|START_THINKING|>", "<|END_THINKING|>"),
 )
 """What opens and closes reasoning, by family: Qwen3, DeepSeek-R1, SmolLM3 and most; Gemma 4; gpt-oss; Magistral; …"""
-
-REASONING_KEYS = ("reasoning_content", "thinking")
-"""Where a message holds its reasoning: most templates read the first, gpt-oss and LFM2.5 the second."""
 
 SWITCHES = ("enable_thinking", "thinking")
 """The arguments that turn thinking on and off; DeepSeek-V3.1, Granite and Kimi read the second."""
@@ -86,10 +84,12 @@ def arguments(tokenizer: Any, given: Mapping[str, Any] | None, row: Context | No
 
     `enable_thinking` goes under the name by which the template reads it, as mlx-lm's wrapper passes it on.
     """
-    own = row.chat_template_kwargs if row else None
-    merged = {name: value for name, value in {**(given or {}), **(own or {})}.items() if value is not None}
-    if "enable_thinking" in merged and (name := switch(source(tokenizer))):
-        merged[name] = merged.pop("enable_thinking")
+    alias = switch(source(tokenizer)) or "enable_thinking"
+    merged: dict[str, Any] = {}
+    for said in (given, row.chat_template_kwargs if row else None):
+        for name, value in (said or {}).items():
+            if value is not None:
+                merged[alias if name == "enable_thinking" else name] = value
     tools = [dict(tool) for tool in row.tools] if row and row.tools else None
     return {"tools": tools, **merged}
 
@@ -156,7 +156,7 @@ class Rendered(NamedTuple):
     @property
     def shared(self) -> int:
         """How many characters generation prompt and all wholes have in common."""
-        return len(os.path.commonprefix([self.generation, *self.wholes]))
+        return shared_prefix(self.generation, *self.wholes)
 
     def answer(self, k: int) -> str:
         """What the template makes of answer `k`: what stands behind the prompt."""
@@ -180,7 +180,7 @@ def render_record(record: Record, tokenizer: Any, **template: Any) -> Rendered:
     more = generation[len(before) :] if generation.startswith(before) else ""
     if more and closes_thinking(more, tokenizer) and _takes_off(record, tokenizer, before, more, template):
         return Rendered(generation, wholes, len(before), before + more)
-    added = len(before) > len(os.path.commonprefix([generation, before]))
+    added = not generation.startswith(before)
     skips = closes_thinking(before, tokenizer) or _gives_way(record, tokenizer, before, template)
     return Rendered(generation, wholes, len(before), before if added and skips else None)
 
@@ -240,6 +240,11 @@ def _try_render(tokenizer: Any, messages: Sequence[Message], template: Mapping[s
         return render(tokenizer, messages, **template)
     except (TemplateError, ValueError, TypeError, KeyError):
         return None
+
+
+def shared_prefix(*sequences: Sequence[Any]) -> int:
+    """How many items, characters or tokens, all sequences begin with alike."""
+    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
 
 
 def squashed(text: str) -> str:

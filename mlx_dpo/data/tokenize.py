@@ -5,16 +5,15 @@ What is scored is decided here: every id in `TokenizedRow.completions` counts, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.config import DataConfig
 from mlx_dpo.data import template
 from mlx_dpo.data.reasoning import Finding, examine_answers, remedies, sentences
 from mlx_dpo.data.records import Context, Ranking, Record, Text, Unpaired, first_few
-from mlx_dpo.data.template import unwrap
+from mlx_dpo.data.template import shared_prefix, unwrap
 from mlx_dpo.errors import DataError
 
 Given = TypeVar("Given")
@@ -162,7 +161,7 @@ def encode_record(record: Record, tokenizer: Any, chat_template_kwargs: Mapping[
             prompt_ids, wholes = _with_think_block(tokenizer, rendered, prompt_ids, wholes)
         found = examine_answers(record, rendered, tokenizer)
         merges = rendered.prompt is not None or rendered.shared == len(rendered.generation)
-    shared = _common_prefix(prompt_ids, wholes)
+    shared = shared_prefix(prompt_ids, *wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
     label = (1 if record.label else -1) if isinstance(record, Unpaired) else 0
@@ -170,23 +169,21 @@ def encode_record(record: Record, tokenizer: Any, chat_template_kwargs: Mapping[
     return Encoded(row, prompt_ids[shared:] if merges else [], found)
 
 
-def _common_prefix(prompt: Sequence[int], wholes: Sequence[Sequence[int]]) -> int:
-    return sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(prompt, *wholes, strict=False)))
-
-
 def _with_think_block(
     tokenizer: Any, rendered: template.Rendered, prompt_ids: list[int], wholes: list[list[int]]
 ) -> tuple[list[int], list[list[int]]]:
-    """Prompt and wholes with the empty think block in the prompt, and in the wholes if they lack it."""
+    """Prompt and wholes with the empty think block in the prompt, and put into the wholes if they lack it."""
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     assert rendered.prompt is not None and rendered.own is not None
+    longer = encode(rendered.prompt)
+    if len(rendered.prompt) == rendered.own:
+        return (longer if shared_prefix(longer, *wholes) > shared_prefix(prompt_ids, *wholes) else prompt_ids), wholes
     if [encode(whole) for whole in rendered.wholes] != wholes:  # a tokenizer that does not go by the text
         return prompt_ids, wholes
-    longer = [encode(rendered.prompt + whole[rendered.own :]) for whole in rendered.wholes]
-    return encode(rendered.prompt), longer
+    return longer, [encode(rendered.prompt + whole[rendered.own :]) for whole in rendered.wholes]
 
 
 def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedRow | None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.template import arguments, unwrap
+from mlx_dpo.data.template import arguments, check_arguments, unwrap
 
 SYSTEM, TURNS = "@Ruled@", tuple(f"@Said{n}@" for n in range(5))
 """Stand-ins for what is said; user and assistant take turns, and the user has the last word."""
@@ -25,14 +25,16 @@ class ChatShape(NamedTuple):
 
 
 def learn_shape(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> ChatShape | None:
-    """The shape of the tokenizer's chat template, given these arguments; None without one, or where it is not made of constant texts.
+    """The shape of the tokenizer's chat template, given these arguments.
 
-    The beginning-of-sequence token is left to the runtime where the tokenizer adds it by itself. A template that
-    refuses system messages gets them before the first user message, with an empty line between, as Gemma's do.
+    None without a template, or where it is not made of constant texts. The beginning-of-sequence token is left to the
+    runtime where the tokenizer adds it by itself. A template that refuses system messages gets them before the first
+    user message, with an empty line between, as Gemma's do.
     """
     tokenizer = unwrap(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         return None
+    check_arguments(tokenizer, chat_template_kwargs)
     given = arguments(tokenizer, chat_template_kwargs)
     plain, instructed = _render(tokenizer, TURNS, None, given), _render(tokenizer, TURNS, SYSTEM, given)
     if plain is None:

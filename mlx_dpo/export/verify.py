@@ -44,7 +44,10 @@ PLAIN = SpeedConfig(shared_prompt=False, activation_cache=False)
 
 @dataclass(frozen=True)
 class Trained:
-    """What an export is held against: base + `model.adapter`, on the first `rows` of `data`, or of the demo's where it has no path."""
+    """What an export is held against: base + `model.adapter`, on the first `rows` of `data`.
+
+    Where `data` has no path they are the demo's rows.
+    """
 
     model: ModelConfig
     data: DataConfig | None = None
