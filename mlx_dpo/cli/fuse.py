@@ -65,7 +65,8 @@ def exporter(rows: int) -> Callable[[Callable[..., Said]], Callable[..., None]]:
             from mlx_dpo.cli.progress import show_progress
 
             with show_progress(quiet=quiet) as on_event:
-                options = {"verify": verify, "data": config.data, "rows": rows, "on_event": on_event}
+                data = config.data if config.data.path or config.data.chat_template_kwargs else None
+                options = {"verify": verify, "data": data, "rows": rows, "on_event": on_event}
                 told, result = export(config.model, config.model.adapter, options, **own)
             given = config.data.chat_template_kwargs
             for line in () if quiet else (*told, *_as_trained(given)):

@@ -90,8 +90,8 @@ def arguments(tokenizer: Any, given: Mapping[str, Any] | None, row: Context | No
         for name, value in (said or {}).items():
             if value is not None:
                 merged[alias if name == "enable_thinking" else name] = value
-    tools = [dict(tool) for tool in row.tools] if row and row.tools else None
-    return {"tools": tools, **merged}
+    tools = {"tools": [dict(tool) for tool in row.tools]} if row and row.tools else {}
+    return {**tools, **merged}
 
 
 def check_arguments(tokenizer: Any, given: Mapping[str, Any] | None) -> None:

@@ -56,6 +56,7 @@ class EncodeReport:
     lost_eos: int = 0  # answers whose end of sequence was cut away
     boundary_merges: int = 0  # rows whose prompt was shortened, since its end tokenizes differently before an answer
     boundary_example: str = ""
+    untemplated: int = 0  # rows of strings, which the arguments given to the chat template do not reach
     prompt_tokens: int = 0
     completion_tokens: int = 0
     longest: int = 0
@@ -97,6 +98,11 @@ class EncodeReport:
             said.append(
                 f"in {self.boundary_merges} of {self.rows} rows the prompt's end tokenizes otherwise before an answer; "
                 f"it counts as part of the answer (first: {self.boundary_example!r})"
+            )
+        if self.untemplated:
+            said.append(
+                f"{self.untemplated} of {self.rows} rows are plain strings, which go through no chat template: "
+                "chat_template_kwargs (or --thinking) do nothing to them"
             )
         told = sentences(self.findings, self.remedies, self.rows, names=10 if each else 3)
         return said + (told if each or not told else ["in the chat template " + "; ".join(told)])
@@ -222,6 +228,7 @@ def encode_records(
         whole, taken_off, found = encode_record(record, tokenizer, given)
         report.rows += 1
         report.findings += found
+        report.untemplated += bool(given) and isinstance(record.prompt, str)
         if taken_off:
             report.boundary_merges += 1
             report.boundary_example = report.boundary_example or hf.decode(taken_off)

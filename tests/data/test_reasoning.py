@@ -47,7 +47,13 @@ NAMED = [
     ("qwen3", None, TWICE, ["second"], "'<think>\\nb\\n</think>\\n\\nYes.'"),
     ("qwen3", None, TWO_IN_TEXT, ["block"], "'bb'"),
     ("qwen3_5_nothink", None, PLAIN, [], ""),
-    ("qwen3_6", None, PLAIN, ["unthought"], "'<think>\\n\\n</think>\\n\\n' before the answer, '<think>\\n' at generation"),
+    (
+        "qwen3_6",
+        None,
+        PLAIN,
+        ["unthought"],
+        "'<think>\\n\\n</think>\\n\\n' before the answer, '<think>\\n' at generation",
+    ),
     ("qwen3_6", None, TWICE, ["second"], "'<think>\\nb\\n</think>\\n\\nYes.'"),
     ("qwen3_8", None, REASONED, [], ""),
     ("qwen3_8", None, IN_TEXT, ["second"], "'<think>\\nIt is.\\n</think>\\n\\nYes.'"),
@@ -75,9 +81,9 @@ NAMED = [
 
 @pytest.mark.parametrize(("family", "given", "record", "kinds", "text"), NAMED)
 def test_what_becomes_of_answers_is_found(
-    family: str, given: dict[str, Any] | None, record: PreferencePair, kinds: list[str], text: str
+    family: str, given: dict[str, Any] | None, record: PreferencePair, kinds: list[str], text: str, template_of: Any
 ) -> None:
-    found = encode_record(record, tokenizer_of(family), given).found
+    found = encode_record(record, tokenizer_of(family, template_of(family)), given).found
     assert [finding.kind for finding in found] == kinds
     assert not kinds or any(finding.text == text for finding in found)
     assert {finding.row for finding in found} <= {"7"}

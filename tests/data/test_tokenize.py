@@ -263,6 +263,13 @@ def test_rows_that_go_in_whole_are_not_talked_about(tokenizer: Any) -> None:
     assert report.warnings(1024) == []
 
 
+def test_arguments_of_the_template_that_reach_no_string_are_said_so(golden: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(golden / "models/llama")
+    rows = [pair("the", " answer", " question"), pair([user("Hello")], [assistant("a")], [assistant("b")])]
+    _, report = encode_records(rows, tokenizer, DataConfig(chat_template_kwargs={"enable_thinking": False}))
+    assert "1 of 2 rows are plain strings, which go through no chat template" in report.warnings(1024)[0]
+
+
 def test_an_answer_without_any_token_drops_its_row_with_no_word_of_a_limit(tokenizer: Any) -> None:
     rows = [pair([user("Hello")], [assistant("a")], [assistant("b")]), pair([user("Hello")], [], [])]
     kept, report = encode_records(rows, tokenizer, DataConfig(max_length=None))
