@@ -97,7 +97,7 @@ def flat(text: Text) -> str:
 
 
 def _flat_message(message: Message) -> str:
-    reasoning = next((message[key] for key in REASONING_KEYS if key in message), "")
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
     calls = json.dumps(message["tool_calls"], sort_keys=True) if message.get("tool_calls") else ""
     return reasoning + message["content"] + calls
 

@@ -59,9 +59,9 @@ def examine_answers(record: Record, rendered: Rendered, tokenizer: Any) -> list[
             if squashed(text) not in there:
                 found.setdefault(kind, _shown(text))
         if _has_second_block(record, rendered, k, tokenizer):
-            found.setdefault("second", _shown("".join(m["content"] for m in _said(answer))))
+            found.setdefault("second", _shown("".join(map(_content, _said(answer)))))
         if blocks and (other := next((m for m in _said(answer) if _foreign(m, blocks)), None)):
-            found.setdefault("foreign", _shown(other["content"]))
+            found.setdefault("foreign", _shown(_content(other)))
         if any(rendered.wholes[k] == rendered.wholes[j] and answer != answers[j] for j in range(k)):
             found["equal"] = ""
     reasoned = [any(kind != "text" for kind, _ in _pieces(answer, blocks)) for answer in answers]
@@ -112,7 +112,12 @@ def _said(answer: Text) -> list[Message]:
 def _foreign(message: Message, blocks: Sequence[tuple[str, str]]) -> bool:
     """Whether a message closes a think block as another family's templates do."""
     known = {closes for _, closes in blocks}
-    return any(closes in message["content"] for _, closes in THINK_BLOCKS if closes not in known)
+    return any(closes in _content(message) for _, closes in THINK_BLOCKS if closes not in known)
+
+
+def _content(message: Message) -> str:
+    content = message.get("content")
+    return content if isinstance(content, str) else ""
 
 
 def _pieces(answer: Text, blocks: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -123,9 +128,10 @@ def _pieces(answer: Text, blocks: Sequence[tuple[str, str]]) -> Iterator[tuple[s
     """
     tags = "|".join(re.escape(tag) for pair in blocks for tag in pair)
     for message in _said(answer):
-        reasoning = next((message[key] for key in REASONING_KEYS if key in message), "")
+        reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
         pieces = [("reasoning", reasoning)]
-        parts = re.split(f"({tags})", message["content"]) if tags else [message["content"]]
+        content = _content(message)
+        parts = re.split(f"({tags})", content) if tags else [content]
         for text, tag in zip(parts[::2], [*parts[1::2], ""], strict=True):
             pieces.append(("block" if any(tag == closes for _, closes in blocks) else "text", text))
         yield from (piece for piece in pieces if piece[1].strip())
@@ -145,11 +151,11 @@ def _unlike_generation(rendered: Rendered, tokenizer: Any) -> dict[str, str]:
     if prompt is None:
         prompt = generation[: rendered.shared]
     if prompt == generation:
-        return {}
+        return {"unthought": "no think block before the answer"} if rendered.thinks else {}
     begin = shared_prefix(prompt, generation)
     if opens_thinking(generation[:begin], tokenizer):
         begin = max(generation.rfind(opens, 0, begin) for opens, _ in think_blocks(source(tokenizer)))
-    kind = "unthought" if rendered.prompt is not None or opens_thinking(generation, tokenizer) else "unlike"
+    kind = "unthought" if rendered.thinks else "unlike"
     return {kind: f"{prompt[begin:]!r} before the answer, {generation[begin:]!r} at generation"}
 
 

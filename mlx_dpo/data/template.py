@@ -126,8 +126,8 @@ def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
     """Messages as templates want them: reasoning under every key by which one of them may look for it."""
     spelled = []
     for message in messages:
-        said = next((message[key] for key in REASONING_KEYS if key in message), None)
-        spelled.append({**dict.fromkeys(REASONING_KEYS, said), **message} if said is not None else dict(message))
+        said = next((message[key] for key in REASONING_KEYS if message.get(key)), None)
+        spelled.append({**dict.fromkeys(REASONING_KEYS, said), **message} if said else dict(message))
     return spelled
 
 
@@ -145,13 +145,21 @@ class Rendered(NamedTuple):
     `own` is where the answers' own text begins in each of the wholes, None where it is not said: an answer that brings
     reasoning lets the template begin otherwise. `prompt` is what is to be read before it: up to `own`, and behind
     that an empty think block which the generation prompt has and the template takes off answers, as off earlier turns;
-    None to leave it to the tokens.
+    None to leave it to the tokens. `thinks` says whether a runtime lets the model think, so that its answer is not
+    the first thing that it writes.
     """
 
     generation: str
     wholes: tuple[str, ...]
     own: int | None
     prompt: str | None
+    thinks: bool
+
+    def read(self) -> list[str]:
+        """Prompt and answer as they are to be read, one text for each answer."""
+        if self.prompt is None:
+            return list(self.wholes)
+        return [self.prompt + whole[self.own :] for whole in self.wholes]
 
     @property
     def shared(self) -> int:
@@ -173,16 +181,26 @@ def render_record(record: Record, tokenizer: Any, **template: Any) -> Rendered:
     wholes = tuple(render(tokenizer, (*prompt, *_messages(answer)), **template) for answer in record.completions)
     # A template without a word of thinking puts nothing there that is not the runtime's, too.
     if not think_blocks(source(tokenizer)):
-        return Rendered(generation, wholes, None, None)
+        return Rendered(generation, wholes, None, None, False)
+    thinks = _thinks(prompt, generation, tokenizer, template)
     before = _before_own_text(record, tokenizer, template)
     if before is None or not all(whole.startswith(before) for whole in wholes):
-        return Rendered(generation, wholes, None, None)
+        return Rendered(generation, wholes, None, None, thinks)
     more = generation[len(before) :] if generation.startswith(before) else ""
     if more and closes_thinking(more, tokenizer) and _takes_off(record, tokenizer, before, more, template):
-        return Rendered(generation, wholes, len(before), before + more)
-    added = not generation.startswith(before)
+        return Rendered(generation, wholes, len(before), before + more, thinks)
+    if generation.startswith(before):
+        return Rendered(generation, wholes, len(before), None, thinks)
     skips = closes_thinking(before, tokenizer) or _gives_way(record, tokenizer, before, template)
-    return Rendered(generation, wholes, len(before), before if added and skips else None)
+    return Rendered(generation, wholes, len(before), before if skips else None, thinks or skips)
+
+
+def _thinks(prompt: Sequence[Message], generation: str, tokenizer: Any, template: Mapping[str, Any]) -> bool:
+    """Whether the generation prompt opens a think block, or would end with a closed one were thinking off."""
+    name = switch(source(tokenizer))
+    if opens_thinking(generation, tokenizer) or closes_thinking(generation, tokenizer) or name is None:
+        return opens_thinking(generation, tokenizer)
+    return closes_thinking(render(tokenizer, prompt, generation_prompt=True, **{**template, name: False}), tokenizer)
 
 
 def closes_thinking(text: str, tokenizer: Any) -> bool:
@@ -191,9 +209,8 @@ def closes_thinking(text: str, tokenizer: Any) -> bool:
 
 
 def opens_thinking(text: str, tokenizer: Any) -> bool:
-    """Whether a text ends with a think block that is open."""
-    blocks = think_blocks(source(tokenizer))
-    return any(text.rfind(opens) > text.rfind(closes) for opens, closes in blocks if opens in text)
+    """Whether a text ends where a think block opens."""
+    return any(text.rstrip().endswith(opens) for opens, _ in think_blocks(source(tokenizer)))
 
 
 def keeps_reasoning(tokenizer: Any, **template: Any) -> bool:

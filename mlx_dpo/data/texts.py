@@ -97,7 +97,10 @@ def _message(value: Mapping[str, Any], key: str) -> Message:
         raise mistyped(f"{key}.role", role, "the name of a role")
     message["role"] = ROLES.get(role, role)
     for name in REASONING_KEYS:
-        if name in message:
+        # an empty one goes as a null does: to a template it would say that the content holds no reasoning either
+        if message.get(name) == "":
+            del message[name]
+        elif name in message:
             message[name] = _content(message[name], f"{key}.{name}")
     if role == "function_call":
         return _tool_call(message, key)

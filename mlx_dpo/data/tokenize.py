@@ -153,43 +153,26 @@ def encode_record(record: Record, tokenizer: Any, chat_template_kwargs: Mapping[
     Raises DataError where the template refuses the messages, or the model has none.
     """
     tokenizer = unwrap(tokenizer)
+    if any(isinstance(answer, str) != isinstance(record.prompt, str) for answer in record.completions):
+        raise DataError(f"row {record.id}: prompt and answer must both be strings or both be messages")
     # Prompt and whole are encoded apart and compared, never prompt and answer joined as ids: a tokenizer may merge over
     # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
-    given = chat_template_kwargs
-    prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record, given))
-    wholes = _guard(record, tokenizer, lambda: [_encode_whole(tokenizer, record, a, given) for a in record.completions])
-    found: list[Finding] = []
-    merges = True
-    if not isinstance(record.prompt, str):
-        arguments = template.arguments(tokenizer, given, record)
+    if isinstance(record.prompt, str):
+        prompts, wholes = [encode_prompt(tokenizer, record)], _encode_strings(tokenizer, record)
+        merges, found = True, []
+    else:
+        arguments = template.arguments(tokenizer, chat_template_kwargs, record)
         rendered = _guard(record, tokenizer, lambda: template.render_record(record, tokenizer, **arguments))
-        if rendered.prompt is not None:
-            prompt_ids, wholes = _with_think_block(tokenizer, rendered, prompt_ids, wholes)
-        found = examine_answers(record, rendered, tokenizer)
+        prompts, wholes = _guard(record, tokenizer, lambda: _encode_rendered(tokenizer, record, rendered, arguments))
         merges = rendered.prompt is not None or rendered.shared == len(rendered.generation)
+        found = examine_answers(record, rendered, tokenizer)
+    prompt_ids = max(prompts, key=lambda ids: shared_prefix(ids, *wholes))
     shared = shared_prefix(prompt_ids, *wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
     label = (1 if record.label else -1) if isinstance(record, Unpaired) else 0
     row = TokenizedRow(record.id, prompt_ids[:shared], completions, (0,) * len(completions), ranks, label)
     return Encoded(row, prompt_ids[shared:] if merges else [], found)
-
-
-def _with_think_block(
-    tokenizer: Any, rendered: template.Rendered, prompt_ids: list[int], wholes: list[list[int]]
-) -> tuple[list[int], list[list[int]]]:
-    """Prompt and wholes with the empty think block in the prompt, and put into the wholes if they lack it."""
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    assert rendered.prompt is not None and rendered.own is not None
-    longer = encode(rendered.prompt)
-    if len(rendered.prompt) == rendered.own:
-        return (longer if shared_prefix(longer, *wholes) > shared_prefix(prompt_ids, *wholes) else prompt_ids), wholes
-    if [encode(whole) for whole in rendered.wholes] != wholes:  # a tokenizer that does not go by the text
-        return prompt_ids, wholes
-    return longer, [encode(rendered.prompt + whole[rendered.own :]) for whole in rendered.wholes]
 
 
 def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedRow | None:
@@ -249,13 +232,30 @@ def encode_records(
     return rows, report
 
 
-def _encode_whole(tokenizer: Any, record: Record, answer: Text, given: Mapping[str, Any] | None) -> list[int]:
-    if isinstance(record.prompt, str) and isinstance(answer, str):
-        eos = tokenizer.eos_token or ""
-        return encode_text(tokenizer, record.prompt + (answer if answer.endswith(eos) else answer + eos))
-    if isinstance(record.prompt, str) or isinstance(answer, str):
-        raise DataError(f"row {record.id}: prompt and answer must both be strings or both be messages")
-    return encode_text(tokenizer, record.prompt + answer, **template.arguments(tokenizer, given, record))
+def _encode_strings(tokenizer: Any, record: Record) -> list[list[int]]:
+    eos = tokenizer.eos_token or ""
+    ended = [answer if str(answer).endswith(eos) else f"{answer}{eos}" for answer in record.completions]
+    return [encode_text(tokenizer, f"{record.prompt}{answer}") for answer in ended]
+
+
+def _encode_rendered(
+    tokenizer: Any, record: Record, rendered: template.Rendered, arguments: Mapping[str, Any]
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What may be the prompt, as token ids, and prompt + answer for each answer.
+
+    A tokenizer that encodes messages in a way of its own (Mistral's, Kimi's) is left to it, without a think block.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        wholes = [encode_text(tokenizer, (*record.prompt, *answer), **arguments) for answer in record.completions]
+        return [encode_text(tokenizer, record.prompt, generation_prompt=True, **arguments)], wholes
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prompts = [rendered.generation, *([] if rendered.prompt is None else [rendered.prompt])]
+    return [encode(text) for text in prompts], [encode(text) for text in rendered.read()]
 
 
 def _guard(record: Record, tokenizer: Any, encode: Callable[[], Given]) -> Given:

@@ -71,10 +71,11 @@ def test_a_sharegpt_tool_call_is_a_message_with_tool_calls() -> None:
     )
 
 
+@pytest.mark.parametrize("empty", [None, ""])
 @pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
-def test_a_messages_reasoning_stays_beside_what_it_says(key: str) -> None:
+def test_a_messages_reasoning_stays_beside_what_it_says(key: str, empty: str | None) -> None:
     said = {"role": "assistant", "content": "Two.", key: "1 and 1 …"}
-    record = parse_row({"prompt": [ASK], "chosen": [said], "rejected": [{**said, key: None}]}, "1")
+    record = parse_row({"prompt": [ASK], "chosen": [said], "rejected": [{**said, key: empty}]}, "1")
     assert record.completions == ((said,), ({"role": "assistant", "content": "Two."},))
     with pytest.raises(DataError, match=f'"chosen.*{key}" is'):
         parse_row({"prompt": [ASK], "chosen": [{**said, key: 7}], "rejected": [said]}, "1")
