@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from functools import cache
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 from mlx_dpo.data.records import Context, Message, Record, Text
@@ -68,6 +67,7 @@ def names_read(template: str) -> frozenset[str]:
         return frozenset()
 
 
+@cache
 def think_blocks(template: str) -> tuple[tuple[str, str], ...]:
     """Those of `THINK_BLOCKS` that a template writes or looks for."""
     # "<|end|>" alone ends every turn of Phi-3
@@ -141,16 +141,17 @@ def render(tokenizer: Any, messages: Sequence[Message], *, generation_prompt: bo
 class Rendered(NamedTuple):
     """A record through the chat template.
 
-    `generation` is what a runtime reads before the model answers, `wholes` prompt and answer, one for each answer.
-    `own` is where the answers' own text begins in each of the wholes, None where it is not said: an answer that brings
-    reasoning lets the template begin otherwise. `prompt` is what is to be read before it: up to `own`, and behind
-    that an empty think block which the generation prompt has and the template takes off answers, as off earlier turns;
-    None to leave it to the tokens. `thinks` says whether a runtime lets the model think, so that its answer is not
-    the first thing that it writes.
+    `generation` is what a runtime reads before the model answers, `wholes` prompt and answer, one for each answer;
+    all of them begin with the same `shared` characters. `own` is where the answers' own text begins in each of the
+    wholes, None where it is not said: an answer that brings reasoning lets the template begin otherwise. `prompt` is
+    what is to be read before it: up to `own`, and behind that an empty think block which the generation prompt has and
+    the template takes off answers, as off earlier turns; None to leave it to the tokens. `thinks` says whether a
+    runtime lets the model think, so that its answer is not the first thing that it writes.
     """
 
     generation: str
     wholes: tuple[str, ...]
+    shared: int
     own: int | None
     prompt: str | None
     thinks: bool
@@ -160,11 +161,6 @@ class Rendered(NamedTuple):
         if self.prompt is None:
             return list(self.wholes)
         return [self.prompt + whole[self.own :] for whole in self.wholes]
-
-    @property
-    def shared(self) -> int:
-        """How many characters generation prompt and all wholes have in common."""
-        return shared_prefix(self.generation, *self.wholes)
 
     def answer(self, k: int) -> str:
         """What the template makes of answer `k`: what stands behind the prompt."""
@@ -179,20 +175,21 @@ def render_record(record: Record, tokenizer: Any, **template: Any) -> Rendered:
     prompt = _messages(record.prompt)
     generation = render(tokenizer, prompt, generation_prompt=True, **template)
     wholes = tuple(render(tokenizer, (*prompt, *_messages(answer)), **template) for answer in record.completions)
+    shared = shared_prefix(generation, *wholes)
     # A template without a word of thinking puts nothing there that is not the runtime's, too.
     if not think_blocks(source(tokenizer)):
-        return Rendered(generation, wholes, None, None, False)
+        return Rendered(generation, wholes, shared, None, None, False)
     thinks = _thinks(prompt, generation, tokenizer, template)
     before = _before_own_text(record, tokenizer, template)
     if before is None or not all(whole.startswith(before) for whole in wholes):
-        return Rendered(generation, wholes, None, None, thinks)
+        return Rendered(generation, wholes, shared, None, None, thinks)
     more = generation[len(before) :] if generation.startswith(before) else ""
     if more and closes_thinking(more, tokenizer) and _takes_off(record, tokenizer, before, more, template):
-        return Rendered(generation, wholes, len(before), before + more, thinks)
+        return Rendered(generation, wholes, shared, len(before), before + more, thinks)
     if generation.startswith(before):
-        return Rendered(generation, wholes, len(before), None, thinks)
+        return Rendered(generation, wholes, shared, len(before), None, thinks)
     skips = closes_thinking(before, tokenizer) or _gives_way(record, tokenizer, before, template)
-    return Rendered(generation, wholes, len(before), before if skips else None, thinks or skips)
+    return Rendered(generation, wholes, shared, len(before), before if skips else None, thinks or skips)
 
 
 def _thinks(prompt: Sequence[Message], generation: str, tokenizer: Any, template: Mapping[str, Any]) -> bool:
@@ -259,9 +256,10 @@ def _try_render(tokenizer: Any, messages: Sequence[Message], template: Mapping[s
         return None
 
 
-def shared_prefix(*sequences: Sequence[Any]) -> int:
+def shared_prefix(*sequences: Any) -> int:
     """How many items, characters or tokens, all sequences begin with alike."""
-    return sum(1 for _ in takewhile(lambda items: len(set(items)) == 1, zip(*sequences, strict=False)))
+    first, last = min(sequences), max(sequences)  # what these two share all between them share
+    return next((i for i, item in enumerate(first) if item != last[i]), len(first))
 
 
 def squashed(text: str) -> str:

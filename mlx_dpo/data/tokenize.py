@@ -158,15 +158,14 @@ def encode_record(record: Record, tokenizer: Any, chat_template_kwargs: Mapping[
     # Prompt and whole are encoded apart and compared, never prompt and answer joined as ids: a tokenizer may merge over
     # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
     if isinstance(record.prompt, str):
-        prompts, wholes = [encode_prompt(tokenizer, record)], _encode_strings(tokenizer, record)
+        prompt_ids, wholes = encode_prompt(tokenizer, record), _encode_strings(tokenizer, record)
         merges, found = True, []
     else:
         arguments = template.arguments(tokenizer, chat_template_kwargs, record)
         rendered = _guard(record, tokenizer, lambda: template.render_record(record, tokenizer, **arguments))
-        prompts, wholes = _guard(record, tokenizer, lambda: _encode_rendered(tokenizer, record, rendered, arguments))
+        prompt_ids, wholes = _guard(record, tokenizer, lambda: _encode_rendered(tokenizer, record, rendered, arguments))
         merges = rendered.prompt is not None or rendered.shared == len(rendered.generation)
         found = examine_answers(record, rendered, tokenizer)
-    prompt_ids = max(prompts, key=lambda ids: shared_prefix(ids, *wholes))
     shared = shared_prefix(prompt_ids, *wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
@@ -240,8 +239,8 @@ def _encode_strings(tokenizer: Any, record: Record) -> list[list[int]]:
 
 def _encode_rendered(
     tokenizer: Any, record: Record, rendered: template.Rendered, arguments: Mapping[str, Any]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """What may be the prompt, as token ids, and prompt + answer for each answer.
+) -> tuple[list[int], list[list[int]]]:
+    """The prompt as token ids, and prompt + answer for each answer.
 
     A tokenizer that encodes messages in a way of its own (Mistral's, Kimi's) is left to it, without a think block.
     """
@@ -249,13 +248,13 @@ def _encode_rendered(
 
     if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
         wholes = [encode_text(tokenizer, (*record.prompt, *answer), **arguments) for answer in record.completions]
-        return [encode_text(tokenizer, record.prompt, generation_prompt=True, **arguments)], wholes
+        return encode_text(tokenizer, record.prompt, generation_prompt=True, **arguments), wholes
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    prompts = [rendered.generation, *([] if rendered.prompt is None else [rendered.prompt])]
-    return [encode(text) for text in prompts], [encode(text) for text in rendered.read()]
+    prompt = rendered.generation if rendered.prompt is None else rendered.prompt
+    return encode(prompt), [encode(text) for text in rendered.read()]
 
 
 def _guard(record: Record, tokenizer: Any, encode: Callable[[], Given]) -> Given:
