@@ -39,9 +39,9 @@ KINDS = {
     "block": "lose reasoning that stands in an answer's text: the chat template removes it ({})",
     "text": "lose text of an answer, which the chat template removes or changes ({})",
     "second": "bring a think block of their own after the chat template's ({})",
-    "foreign": "bring a think block that is not this chat template's, and read as text ({})",
+    "foreign": "bring a think block as another family writes it, which is read as text ({})",
     "against": "have reasoning, but thinking is off: the prompt ends with an empty think block",
-    "mixed": "have reasoning in some answers only; where there is none an empty think block is scored",
+    "mixed": "have reasoning in some answers only; where there is none, what stands in its place is scored",
     "unthought": "are answered without reasoning where a runtime lets the model think first ({})",
     "unlike": "have another prompt than a runtime gives ({})",
 }
@@ -65,8 +65,9 @@ def examine_answers(record: Record, rendered: Rendered, tokenizer: Any) -> list[
         if any(rendered.wholes[k] == rendered.wholes[j] and answer != answers[j] for j in range(k)):
             found["equal"] = ""
     reasoned = [any(kind != "text" for kind, _ in _pieces(answer, blocks)) for answer in answers]
-    if all(answers) and not any(reasoned):
-        found |= _unlike_generation(rendered, tokenizer)
+    if not any(reasoned):
+        if all(answers) and "foreign" not in found:
+            found |= _unlike_generation(rendered, tokenizer)
     elif closes_thinking(rendered.generation, tokenizer) and "second" not in found:
         found["against"] = ""
     elif not all(reasoned) and rendered.own is None and blocks:
@@ -77,8 +78,10 @@ def examine_answers(record: Record, rendered: Rendered, tokenizer: Any) -> list[
 def remedies(tokenizer: Any, **template: Any) -> dict[str, str]:
     """What to do about each kind of finding, with this model's template."""
     keeps = keeps_reasoning(tokenizer, **template)
-    as_text = "write prompt and answers as plain strings, as the model reads them, or leave the reasoning out"
+    as_strings = "write prompt and answers as plain strings, as the model reads them"
+    as_text = f"{as_strings}, or leave the reasoning out"
     under_key = 'give it under the key "reasoning_content" of the message' if keeps else as_text
+    with_reasoning = "give the answers their reasoning" if keeps else as_strings
     off = "--thinking off, which the run folder remembers for later verbs" if switch(source(tokenizer)) else ""
     return {
         "equal": "see what was removed, and make the difference one that stays",
@@ -89,7 +92,7 @@ def remedies(tokenizer: Any, **template: Any) -> dict[str, str]:
         "second": under_key.replace("give it", "give the reasoning"),
         "against": "--thinking on, or leave the reasoning out",
         "mixed": "give reasoning to all answers of a row, or to none",
-        "unthought": off or "this template has no switch for it: give the answers their reasoning",
+        "unthought": off or f"this template has no switch for it: {with_reasoning}",
         "unlike": "that is the template's own way; --preview shows what is read",
     }
 

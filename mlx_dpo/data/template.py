@@ -123,7 +123,10 @@ def check_arguments(tokenizer: Any, given: Mapping[str, Any] | None) -> None:
 
 
 def template_messages(messages: Sequence[Message]) -> list[dict[str, Any]]:
-    """Messages as templates want them: reasoning under every key by which one of them may look for it."""
+    """Messages as templates want them: reasoning under every key by which one of them may look for it.
+
+    transformers does the same, but not in all the versions that mlx-lm goes with.
+    """
     spelled = []
     for message in messages:
         said = next((message[key] for key in REASONING_KEYS if message.get(key)), None)

@@ -70,7 +70,7 @@ NAMED = [
     ("deepseek_r1_distill", None, REASONED, ["reasoning"], "'It is.'"),
     ("gptoss", None, PLAIN, ["unthought"], "'<|channel|>final<|message|>' before the answer, '' at generation"),
     ("gptoss", None, REASONED, [], ""),
-    ("gptoss", None, IN_TEXT, ["foreign", "unthought"], "'<think>\\nIt is.\\n</think>\\n\\nYes.'"),
+    ("gptoss", None, IN_TEXT, ["foreign"], "'<think>\\nIt is.\\n</think>\\n\\nYes.'"),
     ("gemma4", None, PLAIN, [], ""),
     ("gemma4", ON, PLAIN, ["unthought"], "no think block before the answer"),
     ("gemma4", ON, CHANNEL, ["block"], "'thought\\nIt is.'"),
@@ -140,7 +140,8 @@ def test_a_run_is_told_of_all_of_it_in_one_sentence_and_check_of_each() -> None:
     ("family", "kind", "remedy"),
     [
         ("qwen3", "unthought", "--thinking off"),
-        ("gptoss", "unthought", "no switch"),
+        ("gptoss", "unthought", "no switch for it: give the answers their reasoning"),
+        ("deepseek_r1_distill", "unthought", "no switch for it: write prompt and answers as plain strings"),
         ("qwen3_8", "second", "reasoning_content"),
         ("smollm3", "second", "plain strings"),
         ("deepseek_r1_distill", "block", "plain strings"),

@@ -9,7 +9,16 @@ import pytest
 from mlx_dpo.config import DataConfig
 from mlx_dpo.data.preview import preview
 from mlx_dpo.data.records import Demonstration, Message, PreferencePair
-from mlx_dpo.data.template import arguments, check_arguments, keeps_reasoning, names_read, render, switch
+from mlx_dpo.data.template import (
+    arguments,
+    check_arguments,
+    keeps_reasoning,
+    names_read,
+    render,
+    switch,
+    template_messages,
+)
+from mlx_dpo.data.texts import REASONING_KEYS
 from mlx_dpo.data.tokenize import encode_prompt, encode_record, encode_records
 from mlx_dpo.errors import UsageError
 from support.templates import BESIDE, FAMILIES, real, stand_in, tokenizer_of
@@ -224,6 +233,7 @@ def test_what_no_template_reads_is_refused_and_what_it_reads_is_named() -> None:
 def test_reasoning_reaches_the_template_under_whatever_key(family: str, key: str, template_of: Any) -> None:
     tokenizer = tokenizer_of(family, template_of(family))
     said = {"role": "assistant", "content": "Yes.", key: "Look at it."}
+    assert set(template_messages([said])[0]) == {"role", "content", *REASONING_KEYS}
     shown = encode_record(Demonstration(id="1", prompt=(user("Is it so?"),), completion=(said,)), tokenizer)
     assert "Look at it." in tokenizer.decode(shown.row.completions[0])
     assert shown.found == []
