@@ -74,7 +74,7 @@ def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
                 f"{name}: {report.prompt_tokens} prompt tokens, {report.completion_tokens} scored, "
                 f"{report.longest} in the longest answer with its prompt"
             )
-            for text in report.warnings(config.data.max_length, each=True):
+            for text in (*report.warnings(config.data.max_length), *report.template_warnings(10)):
                 show_warning(stderr(), f"{name}: {text}")
     for record in [*splits.train, *splits.valid, *splits.test][:rows]:
         stdout().print(draw(preview(record, tokenizer, config.data)))

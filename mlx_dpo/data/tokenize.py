@@ -77,11 +77,8 @@ class EncodeReport:
         self.completion_tokens += sum(map(len, row.completions))
         self.longest = max(self.longest, *lengths)
 
-    def warnings(self, max_length: int | None, *, each: bool = False) -> list[str]:
-        """Sentences for the log; empty when every row went in whole.
-
-        What the chat template did to answers is one of them; with `each`, one for each kind of it, naming more rows.
-        """
+    def warnings(self, max_length: int | None) -> list[str]:
+        """Sentences for the log on what was cut, dropped or left unread; empty when every row went in whole."""
         said = []
         if self.dropped:
             limit = f" within max_length {max_length}" if max_length is not None else ""
@@ -104,8 +101,19 @@ class EncodeReport:
                 f"{self.untemplated} of {self.rows} rows are plain strings, which go through no chat template: "
                 "chat_template_kwargs (or --thinking) do nothing to them"
             )
-        told = sentences(self.findings, self.remedies, self.rows, names=10 if each else 3)
-        return said + (told if each or not told else ["in the chat template " + "; ".join(told)])
+        return said
+
+    def template_warnings(self, names: int) -> list[str]:
+        """A sentence for each kind of thing that the chat template did to answers, with the first `names` rows."""
+        return sentences(self.findings, self.remedies, self.rows, names=names)
+
+
+def template_warning(*reports: EncodeReport) -> list[str]:
+    """One sentence on all that the chat template did to the answers of these rows; empty where it did nothing."""
+    findings = [finding for report in reports for finding in report.findings]
+    remedies = next((report.remedies for report in reports if report.findings), {})
+    told = sentences(findings, remedies, sum(report.rows for report in reports), names=3)
+    return ["; ".join(told) + " (mlx-dpo check names more rows)"] if told else []
 
 
 def encode_text(tokenizer: Any, text: Text, *, generation_prompt: bool = False, **arguments: Any) -> list[int]:

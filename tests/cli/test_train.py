@@ -127,7 +127,7 @@ def test_a_run_and_what_is_done_with_it_later_think_or_do_not(tmp_path: Path) ->
     asked = ("--model", model, "--data", tmp_path / "pairs.jsonl")
     train = ("train", *asked, "--iters", 1, "--batch-size", 2, "--num-layers", -1, "--output")
     told = " ".join(call(*train, tmp_path / "unsaid").stderr.split())
-    assert told.count("are answered without reasoning where a runtime lets the model think first") == 2, "and held out"
+    assert told.count("4 of 4 rows are answered without reasoning where a runtime lets the model think first") == 1
     assert "--thinking off, which the run folder remembers" in told
     run = tmp_path / "off"
     assert "are answered without reasoning" not in call(*train, run, "--thinking", "off").stderr

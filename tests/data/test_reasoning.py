@@ -9,7 +9,7 @@ import pytest
 from mlx_dpo.config import DataConfig
 from mlx_dpo.data.reasoning import KINDS, remedies
 from mlx_dpo.data.records import Message, PreferencePair, Unpaired
-from mlx_dpo.data.tokenize import encode_record, encode_records
+from mlx_dpo.data.tokenize import EncodeReport, encode_record, encode_records, template_warning
 from support.templates import tokenizer_of
 
 OFF, ON = {"enable_thinking": False}, {"enable_thinking": True}
@@ -126,14 +126,23 @@ def test_a_run_is_told_of_all_of_it_in_one_sentence_and_check_of_each() -> None:
     records += [row(IN_TEXT.chosen[0], IN_TEXT.rejected[0], str(n)) for n in range(5)]
     records.append(row(ONLY_REASONING.chosen[0], ONLY_REASONING.rejected[0], "same"))
     _, report = encode_records(records, tokenizer, DataConfig())
-    (said,) = report.warnings(1024)
+    assert report.warnings(1024) == []
+    (said,) = template_warning(report)
     assert "1 of 7 rows have answers that the chat template makes equal" in said
     assert "6 of 7 rows lose reasoning that stands in an answer's text" in said and "('It is.')" in said
     assert "(rows 0, 1, 2, …)" in said
-    each = report.warnings(1024, each=True)
+    each = report.template_warnings(10)
     assert len(each) == 3
     assert "(rows 0, 1, 2, 3, 4, same)" in each[1]
     assert each[0].endswith("see what was removed, and make the difference one that stays")
+
+
+def test_training_and_held_out_rows_are_told_of_together() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    reports = [encode_records([PLAIN], tokenizer, DataConfig())[1] for _ in range(2)]
+    (said,) = template_warning(*reports)
+    assert said.startswith("2 of 2 rows are answered without reasoning")
+    assert template_warning(EncodeReport(), EncodeReport()) == []
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def test_what_a_template_adds_to_the_generation_prompt_alone_is_cut_and_reported
     assert tokenizer.decode(rows[0].prompt + rows[0].completions[0]) == "user:Hello<|im_end|>assistant:short<|im_end|>"
     assert report.boundary_merges == 0, "no token of the answer is one of the prompt's"
     assert [(finding.kind, finding.row) for finding in report.findings] == [("unthought", "7")]
-    assert "'<think>' at generation" in report.warnings(1024)[0]
+    assert "'<think>' at generation" in report.template_warnings(3)[0]
 
 
 def test_tools_and_template_arguments_reach_the_template(tiny_llama: Path) -> None:
