@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -30,6 +30,7 @@ class DataConfig:
     split_seed: int = 0  # of the choice of held-out prompts
     max_length: int | None = 1024  # tokens of prompt and completion together; null for no limit
     truncation_mode: Literal["keep_start", "keep_end"] = "keep_start"  # what stays of a row that is too long
+    chat_template_kwargs: dict[str, Any] | None = None  # what the chat template gets of all rows; a row's own win
 
 
 @dataclass(frozen=True, kw_only=True)

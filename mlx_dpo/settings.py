@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import json
 import re
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -44,6 +45,9 @@ class Setting(NamedTuple):
 def resolve(file: Path | None = None, flags: Iterable[Given] = (), assignments: Sequence[str] = ()) -> RunConfig:
     """The settings of a run: defaults, under a YAML `file`, under `flags`, under assignments like `optim.momentum=0.9`.
 
+    Objects are merged key by key. What the run folder of `model.adapter` gave to the chat template stands under all
+    that is said: an adapter is used with the template as it was trained.
+
     Raises:
         UsageError: the file cannot be read, or keys are unknown, values of the wrong type or out of range; all of them
             are listed, each with the file and key path or the flag it came from.
@@ -51,11 +55,14 @@ def resolve(file: Path | None = None, flags: Iterable[Given] = (), assignments: 
     wrong: list[str] = []
     # Later ones win. Each is judged, even where a later one wins over it: a wrong line in a file is wrong all the same.
     given = [*(_read_file(file, wrong) if file else ()), *flags, *_read_assignments(assignments, wrong)]
+    adapter = next((value for _, key, value in reversed(given) if key == "model.adapter"), None)
     values: dict[str, Any] = {}
     said: dict[str, str] = {}
-    for where, key, value in given:
+    for where, key, value in [*_remembered(adapter), *given]:
         try:
-            values[key] = _convert(value, known_settings()[key].kind)
+            converted = _convert(value, known_settings()[key].kind)
+            both = isinstance(converted, dict) and isinstance(values.get(key), dict)
+            values[key] = {**values[key], **converted} if both else converted
             said[key] = where
         except KeyError:
             wrong.append(f"{where}: {REFUSED.get(key) or f'unknown setting{_suggestion(key)}'}")
@@ -129,12 +136,19 @@ not_negative: tuple[str, Test] = ("0 or more", lambda x: 0 <= x < inf)
 positive: tuple[str, Test] = ("more than 0", lambda x: 0 < x < inf)
 below_1: tuple[str, Test] = ("at least 0 and below 1", lambda x: 0 <= x < 1)
 
+RESERVED = ("messages", "tools", "add_generation_prompt", "tokenize")
+"""What the chat template is given by us."""
+
 RULES: dict[str, tuple[str, Test]] = {
     # what each value must be by itself, null aside; the loss checks its own section
     "model.quantize_bits": ("2, 3, 4, 5, 6 or 8", lambda n: n in (2, 3, 4, 5, 6, 8)),
     "model.quantize_group_size": ("32, 64 or 128", lambda n: n in (32, 64, 128)),
     "data.valid_fraction": below_1,
     "data.max_length": at_least_1,
+    "data.chat_template_kwargs": (
+        "arguments of the chat template's own, none of " + ", ".join(RESERVED),
+        lambda given: not set(RESERVED) & set(given),
+    ),
     "lora.rank": at_least_1,
     "lora.scale": positive,
     "lora.alpha": positive,
@@ -266,6 +280,13 @@ def _read_file(file: Path, wrong: list[str]) -> Iterator[Given]:
             )
 
 
+def _remembered(adapter: Any) -> Iterator[Given]:
+    """What the run that made an adapter gave to the chat template, where the folder says it."""
+    config = Path(adapter).expanduser() / "config.yaml" if isinstance(adapter, str) else None
+    if config and config.is_file():
+        yield from (given for given in _read_file(config, []) if given.key == "data.chat_template_kwargs")
+
+
 def _read_assignments(assignments: Sequence[str], wrong: list[str]) -> Iterator[Given]:
     for text in assignments:
         key, equals, value = text.partition("=")
@@ -346,10 +367,18 @@ def _names(value: Any) -> tuple[str, ...]:
     return tuple(_text(part).strip() for part in (value.split(",") if isinstance(value, str) else value))
 
 
+def _object(value: Any) -> dict[str, Any]:
+    found = json.loads(value) if isinstance(value, str) else value
+    if not isinstance(found, Mapping) or not all(isinstance(key, str) for key in found):
+        raise ValueError
+    return dict(found)
+
+
 CONVERTERS: dict[Any, tuple[str, Callable[[Any], Any]]] = {
     str: ("text (in quotes if it looks like a number)", _text),
     int: ("a whole number", _of(int, bool, float)),
     float: ("a number", _of(float, bool)),
     bool: ("true or false", _truth),
     tuple: ("a list of names", _names),
+    dict: ("a JSON object", _object),
 }

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from mlx_dpo.config import DataConfig, LoraConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from mlx_dpo.errors import UsageError
 from mlx_dpo.settings import READERS, RENAMED, RULES, SECTIONS, Given, check_config, known_settings, resolve, to_yaml
 
@@ -108,6 +108,35 @@ def test_what_cannot_be_a_setting_is_refused_with_file_and_key_path(tmp_path: Pa
     message = refusal(tmp_path, text)
     assert message.startswith(str(tmp_path / "run.yaml"))
     assert said in message
+
+
+def test_arguments_of_the_chat_template_are_merged_and_read_back(tmp_path: Path) -> None:
+    file = written(tmp_path, "data:\n  chat_template_kwargs: {enable_thinking: true, style: short}\n")
+    given = Given("--chat-template-kwargs", "data.chat_template_kwargs", '{"enable_thinking": false}')
+    config = resolve(file, [given])
+    assert config.data.chat_template_kwargs == {"enable_thinking": False, "style": "short"}
+    assert resolve(written(tmp_path, to_yaml(config))) == config
+    assert resolve(file, assignments=["data.chat_template_kwargs=null"]).data.chat_template_kwargs is None
+
+
+def test_an_adapter_is_used_with_the_chat_template_as_it_was_trained(tmp_path: Path) -> None:
+    """Nothing else of its run is taken over, and whatever else is said about the template wins."""
+    run = tmp_path / "run"
+    run.mkdir()
+    asked = [Given("--adapter", "model.adapter", str(run))]
+    assert resolve(flags=asked).data.chat_template_kwargs is None, "no run folder, only an adapter"
+    (run / "config.yaml").write_text(
+        "data: {path: old.jsonl, chat_template_kwargs: {enable_thinking: false}}\nno: 1\nlora: {rank: 2}\n"
+    )
+    config = resolve(flags=asked)
+    assert config == RunConfig(
+        model=ModelConfig(adapter=str(run)), data=DataConfig(chat_template_kwargs={"enable_thinking": False})
+    )
+    on = Given("--thinking", "data.chat_template_kwargs", {"enable_thinking": True})
+    assert resolve(flags=[*asked, on]).data.chat_template_kwargs == {"enable_thinking": True}
+    assert resolve(flags=asked, assignments=["data.chat_template_kwargs=null"]).data.chat_template_kwargs is None
+    by_file = written(tmp_path, f"model: {{adapter: {run}}}\ndata: {{chat_template_kwargs: {{style: short}}}}\n")
+    assert resolve(by_file).data.chat_template_kwargs == {"enable_thinking": False, "style": "short"}
 
 
 @pytest.mark.parametrize(("earlier", "today"), RENAMED.items())

@@ -34,7 +34,8 @@ def check(asked: Asked, preview: Rows = 0) -> None:
       mlx-dpo check --data pairs.jsonl --model MODEL --preview 3
 
     Every row that cannot be used is named with its line. With --model the tokens
-    are counted, and --preview shows what is prompt, what is scored, what was cut.
+    are counted, --preview shows what is prompt, what is scored, what was cut, and
+    rows are named whose answers the chat template changes.
     """
     config = settings.resolve(*asked)
     require(config, "--data")
@@ -73,7 +74,7 @@ def show_tokens(splits: Splits, config: RunConfig, rows: int) -> None:
                 f"{name}: {report.prompt_tokens} prompt tokens, {report.completion_tokens} scored, "
                 f"{report.longest} in the longest answer with its prompt"
             )
-            for text in report.warnings(config.data.max_length):
+            for text in (*report.warnings(config.data.max_length), *report.template_warnings(10)):
                 show_warning(stderr(), f"{name}: {text}")
     for record in [*splits.train, *splits.valid, *splits.test][:rows]:
         stdout().print(draw(preview(record, tokenizer, config.data)))

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -21,7 +21,20 @@ NAMES = {
     "train.output": ("--output", "-o"),
 }
 
-METAVARS = {int: "N", float: "X", str: "TEXT", bool: ""}
+METAVARS = {int: "N", float: "X", str: "TEXT", bool: "", dict: "JSON"}
+
+TEMPLATE = "data.chat_template_kwargs"
+Thinking = Annotated[
+    Literal["on", "off"] | None,
+    typer.Option(
+        "--thinking",
+        metavar="WORD",
+        help="Whether the model is to think before it answers: the chat template's enable_thinking. (on, off)",
+        rich_help_panel="Which rows, and how they become tokens",
+        show_default=False,
+    ),
+]
+"""One argument of the chat template, with a flag of its own."""
 
 CONFIG_HELP = "A YAML file with any of the settings; flags win over it."
 SET_HELP = "Any setting by its place in the file, e.g. optim.momentum=0.9; wins over flags. Again for more."
@@ -59,10 +72,16 @@ def with_settings(
                 if value is not None:
                     typed = not setting.default if value is True else value
                     given.append(Given(flag_names(setting)[0], setting.key, typed))
+            if thinking := values.pop("thinking", None):
+                given.append(Given("--thinking", TEMPLATE, {"enable_thinking": thinking == "on"}))
             verb(Asked(values.pop("config"), given, values.pop("assignments")), **values)
 
         parameters = [*own, *_files(), *(_flag(setting, notes or {}) for setting in wanted)]
         parameters += [_flag(setting, {}, hidden=True) for setting in refused]  # so that resolve can say why not
+        if any(setting.key == TEMPLATE for setting in wanted):
+            parameters.append(
+                inspect.Parameter("thinking", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Thinking)
+            )
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
         return command

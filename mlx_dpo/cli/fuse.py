@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -64,10 +65,11 @@ def exporter(rows: int) -> Callable[[Callable[..., Said]], Callable[..., None]]:
             from mlx_dpo.cli.progress import show_progress
 
             with show_progress(quiet=quiet) as on_event:
-                data = config.data if config.data.path else None
+                data = config.data if config.data.path or config.data.chat_template_kwargs else None
                 options = {"verify": verify, "data": data, "rows": rows, "on_event": on_event}
                 told, result = export(config.model, config.model.adapter, options, **own)
-            for line in () if quiet else told:
+            given = config.data.chat_template_kwargs
+            for line in () if quiet else (*told, *_as_trained(given)):
                 stderr().print(line)
             for found in result:
                 print(found)
@@ -78,6 +80,13 @@ def exporter(rows: int) -> Callable[[Callable[..., Said]], Callable[..., None]]:
         return with_settings(*MODEL, *SCORED_DATA, notes=NOTES)(verb)
 
     return decorate
+
+
+def _as_trained(given: Mapping[str, Any] | None) -> Iterator[str]:
+    """The chat template goes along as it is: what it was given in training a runtime must give it too."""
+    if given:
+        yield f"trained with the chat template given {json.dumps(given)}; give it that where it runs:"
+        yield f"  mlx_lm.server --chat-template-args, llama-server --chat-template-kwargs '{json.dumps(given)}'"
 
 
 @exporter(rows=32)

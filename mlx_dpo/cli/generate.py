@@ -30,7 +30,7 @@ Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="For the s
 Raw = Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")]
 
 
-@with_settings("model", notes=ADAPTER)
+@with_settings("model", "data.chat_template_kwargs", notes=ADAPTER)
 def generate(
     asked: Asked,
     prompts: Prompts,
@@ -48,7 +48,10 @@ def generate(
     [bold]Examples[/bold]
       mlx-dpo generate --model MODEL --adapter runs/a "What is the capital of Peru?"
       mlx-dpo generate --model MODEL --adapter runs/a --compare "Who wrote Emma?"
+      mlx-dpo generate --model MODEL --thinking off "What is 12 * 12?"
       mlx-dpo generate --model MODEL --json - < prompts.txt
+
+    An adapter from a run folder answers with the --thinking it was trained with.
     """
     config = resolve(*asked)
     require(config, "--model", *(["--adapter"] if compare else []))
@@ -57,7 +60,8 @@ def generate(
 
     loaded = load_tuned(config.model)
     questions = [line for prompt in prompts for line in (sys.stdin.read().splitlines() if prompt == "-" else [prompt])]
-    how = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed, "raw": raw}
+    how: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed, "raw": raw}
+    how["chat_template_kwargs"] = config.data.chat_template_kwargs
     (_compare if compare else _answer)(loaded, questions, how, as_json)
 
 

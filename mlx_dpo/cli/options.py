@@ -11,7 +11,7 @@ from mlx_dpo.errors import UsageError
 if TYPE_CHECKING:
     from mlx_dpo.config import RunConfig
 
-SCORED_DATA = ("data.path", "data.max_length", "data.truncation_mode")
+SCORED_DATA = ("data.path", "data.max_length", "data.truncation_mode", "data.chat_template_kwargs")
 """The settings of data from which nothing is held out."""
 
 ADAPTER = {"model.adapter": "adapter folder (mlx-lm or PEFT); without it the model as it is"}

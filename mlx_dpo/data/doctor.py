@@ -11,7 +11,8 @@ from statistics import fmean
 from typing import TypeVar
 
 from mlx_dpo.data.load import prompt_key
-from mlx_dpo.data.records import PreferencePair, Record, Text, first_few, kind_of
+from mlx_dpo.data.records import Message, PreferencePair, Record, Text, first_few, kind_of
+from mlx_dpo.data.texts import REASONING_KEYS
 
 LENGTH_BIAS = 0.15  # how far from a half the share of longer chosen answers may be before it is worth a word
 
@@ -91,12 +92,14 @@ def examine(records: Sequence[Record], valid: Sequence[Record] = ()) -> Report:
 
 
 def flat(text: Text) -> str:
-    """A text as one string: what is said in its messages, tool calls as JSON."""
-    if isinstance(text, str):
-        return text
-    return "\n".join(
-        m["content"] + (json.dumps(m["tool_calls"], sort_keys=True) if m.get("tool_calls") else "") for m in text
-    )
+    """A text as one string: what is reasoned and said in its messages, tool calls as JSON."""
+    return text if isinstance(text, str) else "\n".join(map(_flat_message, text))
+
+
+def _flat_message(message: Message) -> str:
+    reasoning = next((message[key] for key in REASONING_KEYS if message.get(key)), "")
+    calls = json.dumps(message["tool_calls"], sort_keys=True) if message.get("tool_calls") else ""
+    return reasoning + message["content"] + calls
 
 
 def length(text: Text) -> int:

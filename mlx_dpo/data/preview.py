@@ -29,7 +29,7 @@ class Preview(NamedTuple):
 
 def preview(record: Record, tokenizer: Any, config: DataConfig) -> Preview:
     """What `encode_records` makes of one record, for people to look at; it raises what that does."""
-    whole, _ = encode_record(record, tokenizer)
+    whole = encode_record(record, tokenizer, config.chat_template_kwargs).row
     row = truncate(whole, config.max_length, config.truncation_mode)
     decode = unwrap(tokenizer).decode
     answers = {}

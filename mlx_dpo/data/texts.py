@@ -19,6 +19,10 @@ ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 TEXT_KEYS = ("text", "response", "answer", "completion", "content", "generated_text")
 """Where an answer given as an object, not a message, keeps its text."""
 
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Where a message holds its reasoning: most templates read the first, gpt-oss and LFM2.5 the second; the third is what
+servers now call it."""
+
 OPENING_ROLES = ("system", "developer", "user")
 """A list that opens with one of these is a whole conversation, not an answer."""
 
@@ -92,6 +96,12 @@ def _message(value: Mapping[str, Any], key: str) -> Message:
     if not isinstance(role, str):
         raise mistyped(f"{key}.role", role, "the name of a role")
     message["role"] = ROLES.get(role, role)
+    for name in REASONING_KEYS:
+        # an empty one goes as a null does: to a template it would say that the content holds no reasoning either
+        if message.get(name) == "":
+            del message[name]
+        elif name in message:
+            message[name] = _content(message[name], f"{key}.{name}")
     if role == "function_call":
         return _tool_call(message, key)
     if "content" not in message and "tool_calls" in message:

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from itertools import takewhile
 from typing import Any, NamedTuple, TypeVar
 
 from mlx_dpo.config import DataConfig
+from mlx_dpo.data import template
+from mlx_dpo.data.reasoning import Finding, examine_answers, remedies, sentences
 from mlx_dpo.data.records import Context, Ranking, Record, Text, Unpaired, first_few
+from mlx_dpo.data.template import shared_prefix, unwrap
 from mlx_dpo.errors import DataError
 
-Encoded = TypeVar("Encoded")
+Given = TypeVar("Given")
 
 
 class TokenizedRow(NamedTuple):
@@ -54,9 +56,12 @@ class EncodeReport:
     lost_eos: int = 0  # answers whose end of sequence was cut away
     boundary_merges: int = 0  # rows whose prompt was shortened, since its end tokenizes differently before an answer
     boundary_example: str = ""
+    untemplated: int = 0  # rows of strings, which the arguments given to the chat template do not reach
     prompt_tokens: int = 0
     completion_tokens: int = 0
     longest: int = 0
+    findings: list[Finding] = field(default_factory=list)  # what the chat template did to answers
+    remedies: Mapping[str, str] = field(default_factory=dict)  # what to do about each kind of finding
 
     def count(self, whole: TokenizedRow, row: TokenizedRow, eos: int | None) -> None:
         """Adds a row that is kept as `row` and was `whole` before truncation."""
@@ -73,7 +78,7 @@ class EncodeReport:
         self.longest = max(self.longest, *lengths)
 
     def warnings(self, max_length: int | None) -> list[str]:
-        """Sentences for the log; empty when every row went in whole."""
+        """Sentences for the log on what was cut, dropped or left unread; empty when every row went in whole."""
         said = []
         if self.dropped:
             limit = f" within max_length {max_length}" if max_length is not None else ""
@@ -91,56 +96,90 @@ class EncodeReport:
                 f"in {self.boundary_merges} of {self.rows} rows the prompt's end tokenizes otherwise before an answer; "
                 f"it counts as part of the answer (first: {self.boundary_example!r})"
             )
+        if self.untemplated:
+            said.append(
+                f"{self.untemplated} of {self.rows} rows are plain strings, which go through no chat template: "
+                "chat_template_kwargs (or --thinking) do nothing to them"
+            )
         return said
 
-
-def unwrap(tokenizer: Any) -> Any:
-    """The Hugging Face tokenizer inside mlx-lm's wrapper, whose template call adds arguments of its own."""
-    inner = getattr(tokenizer, "_tokenizer", None)  # a bare fast tokenizer has one too, of another kind
-    return inner if hasattr(inner, "apply_chat_template") else tokenizer
+    def template_warnings(self, names: int) -> list[str]:
+        """A sentence for each kind of thing that the chat template did to answers, with the first `names` rows."""
+        return sentences(self.findings, self.remedies, self.rows, names=names)
 
 
-def encode_text(tokenizer: Any, text: Text, *, generation_prompt: bool = False, **template: Any) -> list[int]:
-    """Token ids of a string, or of messages through the chat template."""
+def template_warning(*reports: EncodeReport) -> list[str]:
+    """One sentence on all that the chat template did to the answers of these rows; empty where it did nothing."""
+    findings = [finding for report in reports for finding in report.findings]
+    remedies = next((report.remedies for report in reports if report.findings), {})
+    told = sentences(findings, remedies, sum(report.rows for report in reports), names=3)
+    return ["; ".join(told) + " (mlx-dpo check names more rows)"] if told else []
+
+
+def encode_text(tokenizer: Any, text: Text, *, generation_prompt: bool = False, **arguments: Any) -> list[int]:
+    """Token ids of a string, or of messages through the chat template, which gets the `arguments`."""
     if isinstance(text, str):
         return list(tokenizer(text)["input_ids"])
     ids = tokenizer.apply_chat_template(
-        [dict(message) for message in text],
+        template.template_messages(text),
         tokenize=True,
         return_dict=True,
         add_generation_prompt=generation_prompt,
-        **template,
+        **arguments,
     )
     return list(ids["input_ids"])
 
 
-def encode_prompt(tokenizer: Any, record: Context) -> list[int]:
+def encode_prompt(tokenizer: Any, record: Context, chat_template_kwargs: Mapping[str, Any] | None = None) -> list[int]:
     """Token ids of a record's prompt, ready for an answer to be generated after it."""
     tokenizer = unwrap(tokenizer)
     if isinstance(record.prompt, str):
         return encode_text(tokenizer, record.prompt)
-    return encode_text(tokenizer, record.prompt, generation_prompt=True, **_template_arguments(tokenizer, record))
+    arguments = template.arguments(tokenizer, chat_template_kwargs, record)
+    return encode_text(tokenizer, record.prompt, generation_prompt=True, **arguments)
 
 
-def encode_record(record: Record, tokenizer: Any) -> tuple[TokenizedRow, list[int]]:
-    """One record as token ids, before truncation, and the prompt tokens that the boundary rule took off.
+class Encoded(NamedTuple):
+    """A record as token ids, before truncation.
+
+    `taken_off` are the prompt's last tokens, where the same text is other tokens before an answer; `found` is what the
+    chat template did to the answers.
+    """
+
+    row: TokenizedRow
+    taken_off: list[int]
+    found: list[Finding]
+
+
+def encode_record(record: Record, tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> Encoded:
+    """One record as token ids, and what the boundary rule and the chat template did to it.
 
     The prompt is the longest prefix that the tokenized prompt shares with every tokenized prompt + answer, so a token
-    that merges over the boundary belongs to the answer (TRL 1.16's rule). Strings get the end-of-sequence token
-    appended unless they end in it; for messages the template decides.
+    that merges over the boundary belongs to the answer (TRL 1.16's rule). An empty think block is prompt besides,
+    whether the template writes it at the generation prompt or before an answer without reasoning: no answer says it.
+    Strings get the end-of-sequence token appended unless they end in it; for messages the template decides.
     Raises DataError where the template refuses the messages, or the model has none.
     """
     tokenizer = unwrap(tokenizer)
+    if any(isinstance(answer, str) != isinstance(record.prompt, str) for answer in record.completions):
+        raise DataError(f"row {record.id}: prompt and answer must both be strings or both be messages")
     # Prompt and whole are encoded apart and compared, never prompt and answer joined as ids: a tokenizer may merge over
     # the boundary, and a template may write a turn that waits for its answer otherwise than one that has it.
-    prompt_ids = _guard(record, tokenizer, lambda: encode_prompt(tokenizer, record))
-    wholes = _guard(record, tokenizer, lambda: [_encode_whole(tokenizer, record, a) for a in record.completions])
-    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(prompt_ids, *wholes, strict=False)))
+    if isinstance(record.prompt, str):
+        prompt_ids, wholes = encode_prompt(tokenizer, record), _encode_strings(tokenizer, record)
+        merges, found = True, []
+    else:
+        arguments = template.arguments(tokenizer, chat_template_kwargs, record)
+        rendered = _guard(record, tokenizer, lambda: template.render_record(record, tokenizer, **arguments))
+        prompt_ids, wholes = _guard(record, tokenizer, lambda: _encode_rendered(tokenizer, record, rendered, arguments))
+        merges = rendered.prompt is not None or rendered.shared == len(rendered.generation)
+        found = examine_answers(record, rendered, tokenizer)
+    shared = shared_prefix(prompt_ids, *wholes)
     completions = tuple(whole[shared:] for whole in wholes)
     ranks = record.ranks if isinstance(record, Ranking) else tuple(float(k + 1) for k in range(len(completions)))
     label = (1 if record.label else -1) if isinstance(record, Unpaired) else 0
     row = TokenizedRow(record.id, prompt_ids[:shared], completions, (0,) * len(completions), ranks, label)
-    return row, prompt_ids[shared:]
+    return Encoded(row, prompt_ids[shared:] if merges else [], found)
 
 
 def truncate(row: TokenizedRow, max_length: int | None, mode: str) -> TokenizedRow | None:
@@ -173,9 +212,13 @@ def encode_records(
     rows: list[TokenizedRow] = []
     report = EncodeReport()
     hf = unwrap(tokenizer)
+    given = config.chat_template_kwargs
+    template.check_arguments(tokenizer, given)
     for record in records:
-        whole, taken_off = encode_record(record, tokenizer)
+        whole, taken_off, found = encode_record(record, tokenizer, given)
         report.rows += 1
+        report.findings += found
+        report.untemplated += bool(given) and isinstance(record.prompt, str)
         if taken_off:
             report.boundary_merges += 1
             report.boundary_example = report.boundary_example or hf.decode(taken_off)
@@ -185,6 +228,8 @@ def encode_records(
             continue
         report.count(whole, row, hf.eos_token_id)
         rows.append(row)
+    if report.findings:
+        report.remedies = remedies(hf, **template.arguments(hf, given))
     if not rows:
         limit = f" left within max_length {config.max_length}" if config.max_length is not None else ""
         raise DataError(
@@ -194,21 +239,33 @@ def encode_records(
     return rows, report
 
 
-def _encode_whole(tokenizer: Any, record: Record, answer: Text) -> list[int]:
-    if isinstance(record.prompt, str) and isinstance(answer, str):
-        eos = tokenizer.eos_token or ""
-        return encode_text(tokenizer, record.prompt + (answer if answer.endswith(eos) else answer + eos))
-    if isinstance(record.prompt, str) or isinstance(answer, str):
-        raise DataError(f"row {record.id}: prompt and answer must both be strings or both be messages")
-    return encode_text(tokenizer, record.prompt + answer, **_template_arguments(tokenizer, record))
+def _encode_strings(tokenizer: Any, record: Record) -> list[list[int]]:
+    eos = tokenizer.eos_token or ""
+    ended = [answer if str(answer).endswith(eos) else f"{answer}{eos}" for answer in record.completions]
+    return [encode_text(tokenizer, f"{record.prompt}{answer}") for answer in ended]
 
 
-def _template_arguments(tokenizer: Any, record: Context) -> Mapping[str, Any]:
-    tools = [dict(tool) for tool in record.tools] if record.tools else None
-    return {"tools": tools, **(record.chat_template_kwargs or {})}
+def _encode_rendered(
+    tokenizer: Any, record: Record, rendered: template.Rendered, arguments: Mapping[str, Any]
+) -> tuple[list[int], list[list[int]]]:
+    """The prompt as token ids, and prompt + answer for each answer.
+
+    A tokenizer that encodes messages in a way of its own (Mistral's, Kimi's) is left to it, without a think block.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    if type(tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+        wholes = [encode_text(tokenizer, (*record.prompt, *answer), **arguments) for answer in record.completions]
+        return encode_text(tokenizer, record.prompt, generation_prompt=True, **arguments), wholes
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    prompt = rendered.generation if rendered.prompt is None else rendered.prompt
+    return encode(prompt), [encode(text) for text in rendered.read()]
 
 
-def _guard(record: Record, tokenizer: Any, encode: Callable[[], Encoded]) -> Encoded:
+def _guard(record: Record, tokenizer: Any, encode: Callable[[], Given]) -> Given:
     """Template errors come from the data or the model's template: say which row, instead of a traceback."""
     from jinja2.exceptions import TemplateError
 

@@ -13,7 +13,7 @@ from mlx_dpo.config import DataConfig, LossConfig, ModelConfig, SpeedConfig
 from mlx_dpo.data.batching import WINDOW, mismatched, order_batches
 from mlx_dpo.data.load import load_to_judge
 from mlx_dpo.data.records import kind_of
-from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records
+from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records, template_warning
 from mlx_dpo.evaluation.rows import Score, describe_answers, describe_pair, evaluate_rows, replay, score_rows
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.check import check_optimizations
@@ -160,7 +160,7 @@ def set_up(
     kind = cast(Kind, kind_of(records[0]))
     loaded = load(model, lazy=True)
     rows, report = encode_records(records, loaded.tokenizer, data)
-    for text in report.warnings(data.max_length):
+    for text in (*report.warnings(data.max_length), *template_warning(report)):
         on_event(Warned(text))
     if kind == "unpaired" and reads_mismatched(loss):
         rows = mismatched(rows, order_batches(rows, batch_size, seed=0, epoch=0, shuffle=False))

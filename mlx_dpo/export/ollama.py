@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -70,7 +71,8 @@ def export_ollama(
     with written_whole(output, folder=True) as beside:
         trained = Trained(replace(model, adapter=str(adapter)), data, rows, on_event)
         verified = write_fused_gguf(trained, beside / gguf.name, outtype, verify=verify)
-        text, has_template = modelfile(model_folder(model.path, model.revision), gguf.name)
+        given = data.chat_template_kwargs if data else None
+        text, has_template = modelfile(model_folder(model.path, model.revision), gguf.name, given)
         (beside / "Modelfile").write_text(text)
     if not has_template:
         on_event(Warned("the chat template is not made of constant texts: Ollama will use its own reading of it"))
@@ -78,13 +80,14 @@ def export_ollama(
     return OllamaReport(gguf, commands, has_template, verified)
 
 
-def modelfile(folder: Path, gguf: str) -> tuple[str, bool]:
-    """The text of a Modelfile for the model in `folder` as file `gguf`, and whether it holds the chat template."""
+def modelfile(folder: Path, gguf: str, chat_template_kwargs: Mapping[str, Any] | None = None) -> tuple[str, bool]:
+    """The text of a Modelfile for the model in `folder` as file `gguf`, and whether it holds the chat template, as it
+    is with these arguments."""
     from mlx_lm.utils import load_config, load_tokenizer
 
     tokenizer = load_tokenizer(folder)._tokenizer
     lines = [f"FROM ./{gguf}"]
-    shape = learn_shape(tokenizer)
+    shape = learn_shape(tokenizer, chat_template_kwargs)
     if shape is not None:
         lines.append(f'TEMPLATE """{go_template(shape)}"""')
     ends = end_tokens(tokenizer, load_config(folder))

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mlx_dpo.data.tokenize import unwrap
+from mlx_dpo.data.template import arguments, check_arguments, unwrap
 
 SYSTEM, TURNS = "@Ruled@", tuple(f"@Said{n}@" for n in range(5))
 """Stand-ins for what is said; user and assistant take turns, and the user has the last word."""
@@ -24,16 +24,19 @@ class ChatShape(NamedTuple):
     generation: str  # after the last user message, where the answer begins
 
 
-def learn_shape(tokenizer: Any) -> ChatShape | None:
-    """The shape of the tokenizer's chat template; None without one, or where it is not made of constant texts.
+def learn_shape(tokenizer: Any, chat_template_kwargs: Mapping[str, Any] | None = None) -> ChatShape | None:
+    """The shape of the tokenizer's chat template, given these arguments.
 
-    The beginning-of-sequence token is left to the runtime where the tokenizer adds it by itself. A template that
-    refuses system messages gets them before the first user message, with an empty line between, as Gemma's do.
+    None without a template, or where it is not made of constant texts. The beginning-of-sequence token is left to the
+    runtime where the tokenizer adds it by itself. A template that refuses system messages gets them before the first
+    user message, with an empty line between, as Gemma's do.
     """
     tokenizer = unwrap(tokenizer)
     if not getattr(tokenizer, "chat_template", None):
         return None
-    plain, instructed = _render(tokenizer, TURNS), _render(tokenizer, TURNS, SYSTEM)
+    check_arguments(tokenizer, chat_template_kwargs)
+    given = arguments(tokenizer, chat_template_kwargs)
+    plain, instructed = _render(tokenizer, TURNS, None, given), _render(tokenizer, TURNS, SYSTEM, given)
     if plain is None:
         return None
     begin, *between, generation = plain
@@ -50,14 +53,14 @@ def learn_shape(tokenizer: Any) -> ChatShape | None:
     return ChatShape(begin, before, after, between[0], between[1], generation)
 
 
-def _render(tokenizer: Any, turns: Sequence[str], system: str | None = None) -> list[str] | None:
+def _render(tokenizer: Any, turns: Sequence[str], system: str | None, given: Mapping[str, Any]) -> list[str] | None:
     """The texts around and between what is said; None where the template refuses it, drops it or says it twice."""
     from jinja2.exceptions import TemplateError
 
     messages = [{"role": "system", "content": system}] if system else []
     messages += [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(turns)]
     try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **given)
     except TemplateError:
         return None
     said = [message["content"] for message in messages]

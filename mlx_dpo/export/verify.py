@@ -50,7 +50,10 @@ PLAIN = SpeedConfig(shared_prompt=False, activation_cache=False)
 
 @dataclass(frozen=True)
 class Trained:
-    """What an export is held against: base + `model.adapter`, on the first `rows` of `data` or of the demo's rows."""
+    """What an export is held against: base + `model.adapter`, on the first `rows` of `data`.
+
+    Where `data` has no path they are the demo's rows.
+    """
 
     model: ModelConfig
     data: DataConfig | None = None
@@ -155,7 +158,9 @@ def verify(trained: Trained, runtime: str, run: Runtime, *, tolerance: float | N
 
 def first_rows(trained: Trained, tokenizer: Any) -> list[TokenizedRow]:
     """The rows to compare on as token ids; of the package's own held-out rows for who has none."""
-    data = trained.data or DataConfig(path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
+    data = trained.data or DataConfig()
+    if not data.path:
+        data = replace(data, path=str(files("mlx_dpo") / "demo" / "data" / "test.jsonl"))
     return encode_records(load_records(data.path)[: trained.rows], tokenizer, data)[0]
 
 

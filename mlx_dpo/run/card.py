@@ -147,6 +147,8 @@ def _training(config: RunConfig, lines: list[dict[str, Any]]) -> str:
         "batch": f"{config.train.batch_size} × {config.train.grad_accumulation_steps} rows",
         "seed": str(config.train.seed),
     }
+    if config.data.chat_template_kwargs:
+        rows["chat template given"] = f"`{json.dumps(config.data.chat_template_kwargs)}`"
     if last:
         rows["steps"] = f"{last['step']}, {last['epoch']:.2g} epochs"
         rows["time"] = f"{last['seconds']:.0f} s of training, {last['peak_memory_gb']:.2f} GB at the peak"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,8 @@ import mlx.core as mx
 
 from mlx_dpo.config import ModelConfig
 from mlx_dpo.data.records import Message, Text
-from mlx_dpo.data.tokenize import encode_text, unwrap
+from mlx_dpo.data.template import arguments, check_arguments, unwrap
+from mlx_dpo.data.tokenize import encode_text
 from mlx_dpo.errors import DataError, UsageError
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import LoadedModel, load
@@ -66,24 +67,27 @@ def generate(
     seed: int | None = None,
     adapter: bool = True,
     raw: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_token: OnToken | None = None,
 ) -> Iterator[Answer]:
     """An answer to each prompt, in order; greedy unless `temp` is above 0.
 
     A string goes through the chat template as one user message, as `mlx_lm.generate` does it, unless `raw` is set or
-    the model has no template. `seed` starts the random numbers anew for each prompt. `adapter` false leaves the
-    adapter off while the answer is written.
+    the model has no template, which gets the `chat_template_kwargs` beside it. `seed` starts the random numbers anew
+    for each prompt. `adapter` false leaves the adapter off while the answer is written.
 
     Raises:
         DataError: messages for a model without chat template, or a prompt that tokenizes to nothing.
-        UsageError: `max_tokens`, `temp` or `top_p` out of range.
+        UsageError: `max_tokens`, `temp` or `top_p` out of range, or an argument that the template does not read.
     """
     _check(max_tokens, temp, top_p)
+    if not raw:
+        check_arguments(loaded.tokenizer, chat_template_kwargs)
     for prompt in prompts:
         with nullcontext() if adapter else lora.switched_off(loaded.model):
             if seed is not None:
                 mx.random.seed(seed)
-            ids = encode(loaded, prompt, raw=raw)
+            ids = encode(loaded, prompt, raw=raw, chat_template_kwargs=chat_template_kwargs)
             yield answer(loaded, ids, max_tokens=max_tokens, temp=temp, top_p=top_p, on_token=on_token)
 
 
@@ -96,6 +100,7 @@ def compare(
     top_p: float = 1.0,
     seed: int | None = None,
     raw: bool = False,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
     on_token: Callable[[str, str], Any] | None = None,
 ) -> Iterator[Comparison]:
     """Both models' answers to each prompt: the adapter off, then on. `on_token(side, text)` hears "base" and "tuned".
@@ -112,13 +117,15 @@ def compare(
             hear = None if on_token is None else (lambda text, side=side: on_token(side, text))
             found = generate(
                 loaded, [prompt], max_tokens=max_tokens, temp=temp, top_p=top_p, seed=seed,
-                adapter=on, raw=raw, on_token=hear,
+                adapter=on, raw=raw, chat_template_kwargs=chat_template_kwargs, on_token=hear,
             )  # fmt: skip
             answers += list(found)
         yield Comparison(prompt, *answers)
 
 
-def encode(loaded: LoadedModel, prompt: Prompt, *, raw: bool = False) -> list[int]:
+def encode(
+    loaded: LoadedModel, prompt: Prompt, *, raw: bool = False, chat_template_kwargs: Mapping[str, Any] | None = None
+) -> list[int]:
     """The token ids that the model reads before it answers."""
     tokenizer = unwrap(loaded.tokenizer)
     has_template = bool(getattr(tokenizer, "chat_template", None))
@@ -130,7 +137,7 @@ def encode(loaded: LoadedModel, prompt: Prompt, *, raw: bool = False) -> list[in
             "the prompt is a list of messages, but the model's tokenizer has no chat template",
             "use an instruction-tuned model, or give plain strings",
         )
-    ids = encode_text(tokenizer, text, generation_prompt=True)
+    ids = encode_text(tokenizer, text, generation_prompt=True, **arguments(tokenizer, chat_template_kwargs))
     if not ids:
         raise DataError("an empty prompt: there is nothing to continue", "give at least one word")
     return ids

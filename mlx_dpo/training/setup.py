@@ -17,7 +17,7 @@ from mlx_dpo.config import LoraConfig, ModelConfig, RunConfig
 from mlx_dpo.data.batching import batches_by_length, epoch_batches, mismatched, order_batches, steps_of
 from mlx_dpo.data.load import load_splits
 from mlx_dpo.data.records import Record
-from mlx_dpo.data.tokenize import TokenizedRow, encode_records
+from mlx_dpo.data.tokenize import EncodeReport, TokenizedRow, encode_records, template_warning
 from mlx_dpo.errors import UsageError
 from mlx_dpo.events import OnEvent, Progressed, Warned, ignore
 from mlx_dpo.logprobs.activation_cache import ActivationCache
@@ -161,8 +161,13 @@ def begin(
         on_event=on_event,
     )
     loaded = load_model(config.model)
-    rows = _encoded(splits.train, loaded, config, "", on_event)
-    valid = _encoded(splits.valid, loaded, config, "held out: ", on_event) if splits.valid else []
+    rows, report = _encoded(splits.train, loaded, config, "", on_event)
+    valid: list[TokenizedRow] = []
+    held_out = EncodeReport()
+    if splits.valid:
+        valid, held_out = _encoded(splits.valid, loaded, config, "held out: ", on_event)
+    for text in template_warning(report, held_out):
+        on_event(Warned(text))
     if len(rows) < config.train.batch_size:
         on_event(
             Warned(f"{len(rows)} rows are fewer than a batch of {config.train.batch_size}: each step takes them all")
@@ -207,11 +212,11 @@ def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:
 
 def _encoded(
     records: list[Record], loaded: LoadedModel, config: RunConfig, which: str, on_event: OnEvent
-) -> list[TokenizedRow]:
+) -> tuple[list[TokenizedRow], EncodeReport]:
     rows, report = encode_records(records, loaded.tokenizer, config.data)
     for text in report.warnings(config.data.max_length):
         on_event(Warned(which + text))
-    return rows
+    return rows, report
 
 
 def _fill_activation_cache(

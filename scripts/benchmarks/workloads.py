@@ -99,7 +99,7 @@ def _fitting(record: PreferencePair, tokenizer: Any, workload: Workload) -> Pair
 
     Trainers differ in what they make of such a token; without it they all see the same ones.
     """
-    row, taken_off = encode_record(record, tokenizer)
+    row, taken_off, _ = encode_record(record, tokenizer)
     chosen, rejected = row.completions
     fits = (
         _within(len(row.prompt), workload.prompt)

@@ -88,3 +88,14 @@ def test_a_dry_run_to_the_hub_says_what_would_go_and_where(monkeypatch: pytest.M
     done = call("export", "hub", "--folder", "runs/a", "--repo", "me/tuned", "--dry-run")
     assert (asked["folder"], asked["private"], asked["dry_run"]) == ("runs/a", True, True)
     assert done.stdout.splitlines() == ["      2.50 MB  adapters.safetensors", "me/tuned (private; nothing was sent)"]
+
+
+def test_an_export_is_made_and_checked_with_the_template_as_it_was_trained(
+    asked: list[tuple[tuple[Any, ...], dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The run folder says it; who runs the result is told to say it too."""
+    (tmp_path / "config.yaml").write_text("data: {chat_template_kwargs: {enable_thinking: false}}\n")
+    done = call("export", "gguf", "--model", "m", "--adapter", tmp_path, "--output", "o", "--no-verify")
+    data = asked[0][1]["data"]
+    assert (data.path, data.chat_template_kwargs) == ("", {"enable_thinking": False})
+    assert """--chat-template-kwargs '{"enable_thinking": false}'""" in done.stderr

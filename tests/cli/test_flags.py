@@ -23,6 +23,7 @@ def sample(setting: Setting) -> tuple[list[str], object]:
         "model.quantize_group_size": ("32", 32),
         "optim.name": ("lion", "lion"),
         "train.eval_samples": ("0", 0),
+        "data.chat_template_kwargs": ('{"reasoning_effort": "low"}', {"reasoning_effort": "low"}),
     }
     if kind is bool:
         return [flag], not setting.default
@@ -71,3 +72,33 @@ def test_a_router_loss_is_refused_with_the_reason(verb: str) -> None:
     assert "--router-aux-loss-coef: the router's load-balancing loss is not computed here" in said
     assert "unknown" not in said
     assert "--router-aux-loss-coef" not in call(verb, "--help").stdout, "nothing to offer"
+
+
+def test_thinking_is_one_of_the_chat_templates_arguments(tmp_path: Path, trained: list[tuple[RunConfig, bool]]) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data: {chat_template_kwargs: {enable_thinking: true, reasoning_effort: low}}\n")
+    asked = ("train", "--model", "m", "--data", "d", "--config", file)
+    call(*asked, "--thinking", "off")
+    call(*asked, "--chat-template-kwargs", '{"enable_thinking": false, "style": null}', "--thinking", "on")
+    call("sft", *asked[1:5], "--thinking", "off")
+    assert [config.data.chat_template_kwargs for config, _ in trained] == [
+        {"enable_thinking": False, "reasoning_effort": "low"},
+        {"enable_thinking": True, "reasoning_effort": "low", "style": None},
+        {"enable_thinking": False},
+    ]
+    assert "--thinking" in call(*asked, "--thinking", "maybe", code=2).stderr
+
+
+@pytest.mark.parametrize("words", ["{'a': 1}", "[1]", "off", '{"messages": []}'])
+def test_arguments_of_the_template_that_are_none_are_refused(words: str) -> None:
+    said = call("train", "--model", "m", "--data", "d", "--chat-template-kwargs", words, code=2).stderr
+    assert "--chat-template-kwargs: must be" in said
+
+
+@pytest.mark.parametrize(
+    "verb", ["check", "plan", "sft", "train", "eval", "score", "generate", "fuse", "export ollama"]
+)
+def test_every_verb_that_goes_through_the_template_can_be_told(verb: str) -> None:
+    shown = call(*verb.split(), "--help").stdout
+    assert "--thinking" in shown
+    assert "--chat-template-kwargs" in shown

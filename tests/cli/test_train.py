@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 from mlx_dpo.config import RunConfig
 from mlx_dpo.settings import resolve, to_yaml
 from support.command_line import call, pairs
+from support.templates import stand_in
 from support.tiny_models import tiny_model_folder
 
 
@@ -119,3 +121,40 @@ def test_a_setting_of_an_earlier_version_is_refused_with_its_name_of_today() -> 
     said = call("train", "--model", "m", "--data", "d", "--set", "speed.trunk=false", code=2).stderr
     wanted = "--set speed.trunk=false: unknown setting; did you mean speed.activation_cache?"
     assert said == f"error: {wanted}\n"
+
+
+def test_a_run_and_what_is_done_with_it_later_think_or_do_not(tmp_path: Path) -> None:
+    """One setting for the run; its adapter answers and is judged with the same, unless told otherwise."""
+    model = tiny_model_folder(tmp_path / "model", num_hidden_layers=1)
+    settings = model / "tokenizer_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"chat_template": stand_in("qwen3")}))
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": f"Is it {n}?"}],
+            "chosen": [{"role": "assistant", "content": "Yes."}],
+            "rejected": [{"role": "assistant", "content": "No way."}],
+        }
+        for n in range(4)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    asked = ("--model", model, "--data", tmp_path / "pairs.jsonl")
+    train = ("train", *asked, "--iters", 1, "--batch-size", 2, "--num-layers", -1, "--output")
+    told = " ".join(call(*train, tmp_path / "unsaid").stderr.split())
+    assert told.count("4 of 4 rows are answered without reasoning where a runtime lets the model think first") == 1
+    assert "--thinking off, which the run folder remembers" in told
+    run = tmp_path / "off"
+    assert "are answered without reasoning" not in call(*train, run, "--thinking", "off").stderr
+    assert "chat_template_kwargs: {enable_thinking: false}" in (run / "config.yaml").read_text()
+
+    def prompt_tokens(*words: object) -> int:
+        answered = call("generate", "--model", model, "--json", "--max-tokens", 1, *words, "Hi").stdout
+        return int(json.loads(answered)["prompt_tokens"])
+
+    block = prompt_tokens("--thinking", "off") - prompt_tokens()
+    assert block > 0
+    assert prompt_tokens("--adapter", run) == prompt_tokens("--thinking", "off")
+    assert prompt_tokens("--adapter", run, "--thinking", "on") == prompt_tokens()
+    judged = json.loads(call("eval", *asked, "--adapter", run, "--json").stdout)
+    assert judged["rows"] == 4
+    said = call("eval", *asked, "--adapter", run, "--thinking", "on", "--quiet").stderr
+    assert "are answered without reasoning" in " ".join(said.split())

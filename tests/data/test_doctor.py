@@ -118,3 +118,14 @@ def _tags(path: Path) -> list[str]:
 
 def test_the_length_bias_that_the_data_is_known_for(shared_data: Path) -> None:
     assert examine(load_records(shared_data / "helpful_pairs.jsonl")).longer_chosen == pytest.approx(0.65, abs=0.005)
+
+
+def test_answers_that_differ_in_their_reasoning_are_different_answers() -> None:
+    def reasoned(id: str, text: str) -> Record:
+        said = {"role": "assistant", "content": "Two."}
+        ask = [{"role": "user", "content": "1 + 1?"}]
+        return pair(id, ask, [{**said, "reasoning_content": text}], [{**said, "reasoning_content": "Hm."}])
+
+    report = examine([reasoned("1", "Easy."), reasoned("2", "Count.")])
+    assert named(report) == {}
+    assert report.mean_first == len("Easy.Two.") / 2 + len("Count.Two.") / 2

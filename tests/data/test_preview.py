@@ -28,7 +28,7 @@ def test_the_pieces_are_the_whole_text_and_what_is_scored_is_what_training_score
     tokenizer: Any, mode: str, max_length: int | None
 ) -> None:
     seen = preview(PAIR, tokenizer, DataConfig(max_length=max_length, truncation_mode=mode))  # type: ignore[arg-type]
-    whole, _ = encode_record(PAIR, tokenizer)
+    whole, *_ = encode_record(PAIR, tokenizer)
     row = truncate(whole, max_length, mode)
     assert row is not None and not seen.dropped
     assert list(seen.answers) == ["chosen", "rejected"]

@@ -8,6 +8,7 @@ import pytest
 
 from mlx_dpo.data.formats import parse_row
 from mlx_dpo.data.records import PreferencePair
+from mlx_dpo.errors import DataError
 from support.rows import ASK, json_lines
 
 
@@ -68,3 +69,13 @@ def test_a_sharegpt_tool_call_is_a_message_with_tool_calls() -> None:
         {"role": "assistant", "content": "", "tool_calls": [call]},
         {"role": "tool", "content": "2"},
     )
+
+
+@pytest.mark.parametrize("empty", [None, ""])
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_a_messages_reasoning_stays_beside_what_it_says(key: str, empty: str | None) -> None:
+    said = {"role": "assistant", "content": "Two.", key: "1 and 1 …"}
+    record = parse_row({"prompt": [ASK], "chosen": [said], "rejected": [{**said, key: empty}]}, "1")
+    assert record.completions == ((said,), ({"role": "assistant", "content": "Two."},))
+    with pytest.raises(DataError, match=f'"chosen.*{key}" is'):
+        parse_row({"prompt": [ASK], "chosen": [{**said, key: 7}], "rejected": [said]}, "1")

@@ -92,7 +92,7 @@ def test_odd_rows_have_trls_tokens_too(case: str, golden: Path) -> None:
 
 
 def test_strings_end_in_one_end_of_sequence_token(tokenizer: Any) -> None:
-    row, _ = encode_record(pair("the question", " the answer", " many words<|im_end|>"), tokenizer)
+    row, *_ = encode_record(pair("the question", " the answer", " many words<|im_end|>"), tokenizer)
     assert [ids.count(EOS) for ids in row.completions] == [1, 1]
     assert [ids[-1] for ids in row.completions] == [EOS, EOS]
     assert tokenizer.decode(row.prompt) == "the question"
@@ -114,7 +114,7 @@ def test_a_token_that_merges_over_the_boundary_belongs_to_every_answer(tokenizer
 
 
 def test_an_empty_prompt_leaves_the_whole_text_as_answer(tokenizer: Any) -> None:
-    row, _ = encode_record(pair("", "the answer", "words"), tokenizer)
+    row, *_ = encode_record(pair("", "the answer", "words"), tokenizer)
     assert row.prompt == []
     assert row.completions[0] == tokenizer("the answer<|im_end|>")["input_ids"]
     assert not row.shares_prompt
@@ -122,7 +122,7 @@ def test_an_empty_prompt_leaves_the_whole_text_as_answer(tokenizer: Any) -> None
 
 def test_messages_are_scored_up_to_what_the_template_prints_after_the_answer(tokenizer: Any) -> None:
     record = pair([user("Hello there")], [assistant("short")], [assistant("many more words")])
-    row, merged = encode_record(record, tokenizer)
+    row, merged, _ = encode_record(record, tokenizer)
     assert tokenizer.decode(row.prompt) == "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
     assert [tokenizer.decode(ids) for ids in row.completions] == ["short<|im_end|>\n", "many more words<|im_end|>\n"]
     assert row.prompt == encode_prompt(tokenizer, record)
@@ -139,8 +139,9 @@ def test_what_a_template_adds_to_the_generation_prompt_alone_is_cut_and_reported
         [pair([user("Hello")], [assistant("short")], [assistant("clear")])], tokenizer, DataConfig()
     )
     assert tokenizer.decode(rows[0].prompt + rows[0].completions[0]) == "user:Hello<|im_end|>assistant:short<|im_end|>"
-    assert report.boundary_merges == 1
-    assert "<think>" in report.boundary_example
+    assert report.boundary_merges == 0, "no token of the answer is one of the prompt's"
+    assert [(finding.kind, finding.row) for finding in report.findings] == [("unthought", "7")]
+    assert "'<think>' at generation" in report.template_warnings(3)[0]
 
 
 def test_tools_and_template_arguments_reach_the_template(tiny_llama: Path) -> None:
@@ -150,7 +151,7 @@ def test_tools_and_template_arguments_reach_the_template(tiny_llama: Path) -> No
     )
     tokenizer = with_template(tiny_llama, template)
     record = pair([user("Hello")], [assistant("a")], [assistant("b")])
-    plain, _ = encode_record(record, tokenizer)
+    plain, *_ = encode_record(record, tokenizer)
     assert tokenizer.decode(plain.prompt) == "Hello<|im_end|>"
     record = pair(
         [user("Hello")],
@@ -159,7 +160,7 @@ def test_tools_and_template_arguments_reach_the_template(tiny_llama: Path) -> No
         tools=({"name": "search"}, {"name": "clock"}),
         chat_template_kwargs={"style": "short"},
     )
-    row, _ = encode_record(record, tokenizer)
+    row, *_ = encode_record(record, tokenizer)
     assert tokenizer.decode(row.prompt + row.completions[0]) == "[search][clock]Hello<|im_end|>a<|im_end|>(short)"
 
 
@@ -260,6 +261,13 @@ def test_what_was_cut_and_dropped_is_counted_and_said(tokenizer: Any) -> None:
 def test_rows_that_go_in_whole_are_not_talked_about(tokenizer: Any) -> None:
     _, report = encode_records([pair("the", " answer", " question")], tokenizer, DataConfig())
     assert report.warnings(1024) == []
+
+
+def test_arguments_of_the_template_that_reach_no_string_are_said_so(golden: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(golden / "models/llama")
+    rows = [pair("the", " answer", " question"), pair([user("Hello")], [assistant("a")], [assistant("b")])]
+    _, report = encode_records(rows, tokenizer, DataConfig(chat_template_kwargs={"enable_thinking": False}))
+    assert "1 of 2 rows are plain strings, which go through no chat template" in report.warnings(1024)[0]
 
 
 def test_an_answer_without_any_token_drops_its_row_with_no_word_of_a_limit(tokenizer: Any) -> None:

@@ -12,6 +12,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from mlx_dpo.export.ollama_template import ChatShape, go_template, learn_shape
+from support.templates import tokenizer_of
 
 FAMILIES = {
     "chatml": (
@@ -144,3 +145,11 @@ def test_texts_stand_in_the_go_template_as_literals() -> None:
         json.dumps(" [c] "), json.dumps(" [b] "), json.dumps("\\end\n"),
     ]  # fmt: skip
     assert '"""' not in text
+
+
+def test_a_template_is_learnt_as_it_is_with_thinking_off() -> None:
+    qwen = tokenizer_of("qwen3")
+    plain, off = learn_shape(qwen), learn_shape(qwen, {"enable_thinking": False})
+    assert plain is not None and off is not None
+    assert plain.generation.endswith("<|im_start|>assistant\n")
+    assert off == plain._replace(generation=plain.generation + "<think>\n\n</think>\n\n")

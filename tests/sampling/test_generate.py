@@ -107,3 +107,17 @@ def test_what_cannot_be_generated_is_said_at_once(tiny_llama: Path, tuned: Loade
     base.tokenizer.chat_template = None
     with pytest.raises(DataError, match="no chat template"):
         list(generate(base, [[{"role": "user", "content": "Hello"}]]))
+
+
+def test_the_template_gets_what_it_is_to_get(tiny_llama: Path) -> None:
+    loaded = load(ModelConfig(path=str(tiny_llama)))
+    assert loaded.tokenizer.chat_template
+    loaded.tokenizer.chat_template += "{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+    off = {"enable_thinking": False}
+    ids = encode(loaded, "Hello", chat_template_kwargs=off)
+    assert loaded.tokenizer.decode(ids).endswith("assistant\n<think>\n\n</think>\n\n")
+    answer = next(generate(loaded, ["Hello"], max_tokens=2, chat_template_kwargs=off))
+    assert answer.prompt_tokens == len(ids) > len(encode(loaded, "Hello"))
+    with pytest.raises(UsageError, match="reads no effort"):
+        next(generate(loaded, ["Hello"], chat_template_kwargs={"effort": "low"}))
+    next(generate(loaded, ["Hello"], max_tokens=1, raw=True, chat_template_kwargs={"effort": "low"}))
