@@ -44,7 +44,7 @@ def test_a_run_in_bfloat16_learns_and_is_judged_the_same_by_eval_and_score(arch:
         found = evaluate(tuned, data, LossConfig())
         rows = list(score(tuned, data, LossConfig()))
     assert found["loss"] < 0.3
-    warned = [event.text for event in events if isinstance(event, Warned)]
+    warned = [event.text for event in events if isinstance(event, Warned) and "language may break" not in event.text]
     assert len(warned) == (arch in WHOLE_SEQUENCES), warned
     (started,) = (event for event in events if isinstance(event, Started))
     assert "moves a token's log-prob by" in started.facts["rounding"]
