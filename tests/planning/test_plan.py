@@ -94,7 +94,7 @@ def test_experts_gradients_are_not_counted_and_it_says_so(config: RunConfig, tmp
 
 
 def test_an_optimization_that_the_models_code_does_not_take_is_left_out(config: RunConfig, tmp_path: Path) -> None:
-    model = tiny_model_folder(tmp_path / "mamba2", "mamba2")
+    model = tiny_model_folder(tmp_path / "gemma2", "gemma2")
     plan, _ = plan_run(changed(config, model={"path": str(model)}, lora={"num_layers": -1}), LARGE)
     assert not plan.speed.shared_prompt
 
