@@ -25,6 +25,10 @@ Span = tuple[int, int, int, int]
 """What lies where in a sequence, as the activation cache keeps it by row: first column here, row of the batch, first
 token among the row's cached states, number of tokens."""
 
+SHORTEST = 2
+"""Tokens that are read on top of a prompt at least: for a single one mlx-lm takes a kernel without a gradient in Mamba
+blocks on Metal."""
+
 
 class Bucket(NamedTuple):
     """Sequences that are read as one array.
@@ -38,6 +42,16 @@ class Bucket(NamedTuple):
     tokens: np.ndarray
     spans: list[list[Span]]
     before: int = 0
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """`[n]`: how many tokens of each sequence are real."""
+        return np.array([sum(count for *_, count in spans) for spans in self.spans], np.int32)
+
+    @property
+    def padded_lengths(self) -> np.ndarray | None:
+        """The same; None where nothing is padded."""
+        return self.lengths if (self.lengths < self.tokens.shape[1]).any() else None
 
 
 class Layout(NamedTuple):
@@ -59,12 +73,12 @@ class Layout(NamedTuple):
         return [*self.prompts, *self.answers]
 
 
-def split_prompts(batch: Batch, bucket_overhead: int = BUCKET_OVERHEAD) -> Layout:
-    """Each prompt once, for all the answers that continue it.
+def split_prompts(batch: Batch, bucket_overhead: int = BUCKET_OVERHEAD, *, pad_prompts: bool = True) -> Layout:
+    """Each prompt once, for all the answers that continue it; without `pad_prompts` in buckets of one length each.
 
     A prompt is read without its last token, which goes in front of each answer instead: that token predicts the
-    answer's first one. So prompts are read for their keys and values alone, and every hidden state that is scored comes
-    out of the answers' pass. No prompt may be empty.
+    answer's first one. So prompts are read for what they leave in the caches alone, and every hidden state that is
+    scored comes out of the answers' pass. No prompt may be empty.
     """
     before = batch.prompt_length - 1
     prompts = [batch.prompt[r, : before[r]] for r in range(len(before))]
@@ -78,13 +92,14 @@ def split_prompts(batch: Batch, bucket_overhead: int = BUCKET_OVERHEAD) -> Layou
     answers = batch.completion.shape[1]
     buckets = [
         bucket._replace(before=max(1, int(before[[i // answers for i in bucket.sequences]].max())))
-        for bucket in _buckets(sequences, spans, bucket_overhead)
+        for bucket in _buckets(sequences, spans, bucket_overhead, at_least=SHORTEST)
     ]
     own = [[(0, r, 0, len(prompt))] for r, prompt in enumerate(prompts)]
     context = np.ones(len(sequences), np.int32)
     # a prompt of one token has nothing left to read, but its answers still look for its keys: keep it, empty
+    overhead = bucket_overhead if pad_prompts else 0
     return Layout(
-        _buckets(prompts, own, bucket_overhead, keep_empty=True), buckets, before, _position(batch, buckets, context)
+        _buckets(prompts, own, overhead, keep_empty=True), buckets, before, _position(batch, buckets, context)
     )
 
 
@@ -132,10 +147,11 @@ and each step keeps the keys and values of those before it for the backward pass
 def prefill_steps(bucket: Bucket, size: int) -> list[tuple[int, int]]:
     """Where each step of a chunked prefill begins and ends: equal ones of about `size` tokens, or a single one for 0.
 
-    A step is not shorter than the prompts that stand before it, whose keys and values it reads again.
+    A step is not shorter than the prompts that stand before it, whose keys and values it reads again; nor is it a
+    single token (`SHORTEST`).
     """
     width = bucket.tokens.shape[1]
-    count = min(MOST_STEPS, max(1, round(width / max(size, bucket.before)))) if size else 1
+    count = min(MOST_STEPS, max(1, round(width / max(size, bucket.before, SHORTEST + 1)))) if size else 1
     cuts = [width * i // count for i in range(count + 1)]
     return list(pairwise(cuts))
 
@@ -145,7 +161,7 @@ def padding_share(buckets: Iterable[Bucket]) -> float:
     read = real = 0
     for bucket in buckets:
         read += bucket.tokens.size
-        real += sum(count for spans in bucket.spans for *_, count in spans)
+        real += int(bucket.lengths.sum())
     return 1 - real / read
 
 
@@ -163,15 +179,22 @@ def _answers(batch: Batch) -> list[tuple[int, int, int]]:
 
 
 def _buckets(
-    sequences: Sequence[np.ndarray], spans: Sequence[list[Span]], bucket_overhead: int, *, keep_empty: bool = False
+    sequences: Sequence[np.ndarray],
+    spans: Sequence[list[Span]],
+    bucket_overhead: int,
+    *,
+    keep_empty: bool = False,
+    at_least: int = 1,
 ) -> list[Bucket]:
-    """The sequences in padded arrays; absent answers, which are empty, are left out unless `keep_empty`."""
+    """The sequences in arrays padded to `at_least` that width; absent answers, which are empty, are left out unless
+    `keep_empty`.
+    """
     lengths = [len(sequence) for sequence in sequences]
     wanted = [i for i, length in enumerate(lengths) if length or keep_empty] or [0]
     buckets = []
     for chosen in bucket_by_length([lengths[i] for i in wanted], bucket_overhead):
         members = [wanted[i] for i in chosen]
-        tokens = np.zeros((len(members), max(1, *(lengths[i] for i in members))), np.int32)
+        tokens = np.zeros((len(members), max(at_least, *(lengths[i] for i in members))), np.int32)
         for line, i in enumerate(members):
             tokens[line, : lengths[i]] = sequences[i]
         buckets.append(Bucket(members, tokens, [spans[i] for i in members]))

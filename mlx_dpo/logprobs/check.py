@@ -127,10 +127,13 @@ def fallbacks(speed: SpeedConfig) -> list[SpeedConfig]:
 
 
 def two_short(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
-    """Two of the shortest rows, of unequal prompts where there are any, cut to `CUT` tokens."""
-    short = sorted(rows, key=length)[:8]
-    other = next((row for row in short if len(row.prompt) != len(short[0].prompt)), short[-1])
-    return [cut(short[0], *CUT), cut(other, CUT[0] - 8, CUT[1])]
+    """Two short rows, cut to `CUT` tokens; the second one's prompt is the shorter, so that there is padding.
+
+    Prompts of a token or two are passed over where there are others: nothing of the shorter would be read.
+    """
+    short = sorted(rows, key=lambda row: (len(row.prompt) < 3, length(row)))[:2]
+    first = cut(short[0], *CUT)
+    return [first, cut(short[-1], max(2, len(first.prompt) - 8), CUT[1])]
 
 
 class _Measured(NamedTuple):

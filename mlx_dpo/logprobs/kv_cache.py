@@ -1,35 +1,82 @@
-"""Keys and values of a prompt, computed once and read by every answer: differentiable stand-ins for mlx-lm's caches.
+"""What a prompt leaves in each block, computed once for all answers: differentiable stand-ins for mlx-lm's caches.
 
-Causal attention lets a token see only what stands before it, so a prompt's hidden states do not depend on the answer
-that follows. Run prompts `[R, P]`, keep each block's keys and values, which are ordinary differentiable arrays, and run
-the answers on top of them. The gradient of K answers flows back into one prompt pass as a sum: the same sum
-that K separate passes would have given. A model whose blocks keep another state than keys and values (state-space,
-convolution) cannot be read this way; `check.py` finds that out.
+Causal blocks let a token see only what stands before it, so a prompt's hidden states do not depend on the answer that
+follows. Run prompts `[R, P]`, keep what each block keeps of them, which are ordinary differentiable arrays, and run the
+answers on top of it. The gradient of K answers flows back into one prompt pass as a sum: the same sum that K separate
+passes would have given. Which stand-in a block gets is said by the model's own `make_cache`: attention keeps keys and
+values, a recurrence or a short convolution the state behind the last token.
 
-For the same reason a long sequence can be read in steps (chunked prefill), each on top of the keys and values of those
-before it. Of all pairs of tokens nearly half are masked, and of these only the ones within a step are computed.
+For the same reason a long sequence can be read in steps (chunked prefill), each on top of what those before it left. Of
+all pairs of tokens nearly half are masked, and of these only the ones within a step are computed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
+from itertools import pairwise
+from typing import Any, TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 KeysValues = tuple[mx.array, mx.array]
+IGNORE_LENGTHS = ("jamba", "nemotron_h", "olmo_hybrid")
+"""Files of mlx-lm whose blocks keep the state behind the padding too. `check.py` finds what else does: such a model
+reads whole sequences."""
+
+C = TypeVar("C", bound="PromptCache")
 
 
-class PrefixKVCache:
-    """What a block sees as its cache while sequences are read from their beginning, all at once or in steps.
+class PromptCache:
+    """What a block sees as its cache, and what it leaves there as arrays that a pure function takes and gives.
 
-    `pieces` are the keys and values `[R, heads, tokens, size]` of each step. `read` tokens stand before the next one,
-    which the reader says: a block that is left out leaves no pieces, and its cache still makes masks.
+    The next call reads the columns `step` of the sequences, which the reader says: a block that is left out leaves
+    nothing, and its cache still makes masks. A call leaves `results` arrays.
     """
+
+    step = (0, 0)
+    results: int
+
+    @property
+    def read(self) -> int:
+        """How many tokens stand before the next one."""
+        return self.step[0]
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        """All that the next call reads."""
+        raise NotImplementedError
+
+    def with_arrays(self: C, arrays: Sequence[mx.array]) -> C:
+        """The same with other arrays in place of `arrays()`."""
+        other = copy(self)
+        other._take(arrays)
+        return other
+
+    def left(self) -> tuple[mx.array, ...]:
+        """What the last call left here."""
+        raise NotImplementedError
+
+    def leave(self, arrays: Sequence[mx.array]) -> None:
+        """Puts here what a call left in a copy."""
+        raise NotImplementedError
+
+    def _take(self, arrays: Sequence[mx.array]) -> None:
+        raise NotImplementedError
+
+
+class PrefixKVCache(PromptCache):
+    """Keys and values while sequences are read from their beginning, all at once or in steps.
+
+    `pieces` are the keys and values `[R, heads, tokens, size]` of each step.
+    """
+
+    results = 2
 
     def __init__(self) -> None:
         self.pieces: list[KeysValues] = []
-        self.read = 0
 
     @property
     def offset(self) -> int | mx.array:
@@ -53,23 +100,94 @@ class PrefixKVCache:
         return "causal"
 
     def arrays(self) -> tuple[mx.array, ...]:
-        """The keys and values that are read with the next ones."""
         return tuple(array for piece in self.pieces for array in piece)
 
-    def with_arrays(self, arrays: Sequence[mx.array]) -> PrefixKVCache:
-        """The same with other arrays in place of `arrays()`."""
-        other = PrefixKVCache()
-        other.pieces, other.read = _paired(arrays), self.read
-        return other
+    def left(self) -> tuple[mx.array, ...]:
+        return self.pieces[-1]
+
+    def leave(self, arrays: Sequence[mx.array]) -> None:
+        self.pieces.append((arrays[0], arrays[1]))
+
+    def _take(self, arrays: Sequence[mx.array]) -> None:
+        self.pieces = list(zip(arrays[::2], arrays[1::2], strict=True))
 
 
-class ContinuationKVCache(PrefixKVCache):
-    """What a block sees as its cache while answers are read: their prompts' keys and values stand before their own.
+class PrefixStates(PromptCache, ArraysCache):
+    """States `[R, …]` behind the last token read: a recurrence's, or a convolution's last inputs.
+
+    A state has no columns, so that padding cannot be cut off it afterwards. Where sequences of unequal `real [R]`
+    lengths are continued, blocks are told `lengths` and a mask, as in mlx-lm's batched generation, and leave each state
+    as it was at its sequence's end (`pads_states`).
+    """
+
+    left_padding = None
+
+    def __init__(self, size: int, real: np.ndarray | None = None) -> None:
+        self.cache: list[mx.array | None] = [None] * size
+        self.real = real
+        self.results = size
+
+    @property
+    def lengths(self) -> mx.array | None:
+        """`[R]`: how many tokens of each sequence are read now; below 0 where it has ended before.
+
+        mlx-lm counts all that are still to be read, and its Mamba 2 then indexes past the end of what it has.
+        """
+        start, end = self.step
+        return None if self.real is None else mx.array(np.minimum(self.real, end) - start)
+
+    def advance(self, N: int) -> None:
+        """Nothing: the reader says where it is."""
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        return self.left()
+
+    def left(self) -> tuple[mx.array, ...]:
+        return tuple(array for array in self.cache if array is not None)
+
+    def leave(self, arrays: Sequence[mx.array]) -> None:
+        self.cache = list(arrays) or [None] * self.results
+
+    def _take(self, arrays: Sequence[mx.array]) -> None:
+        self.leave(arrays)
+
+
+class Continuation(PromptCache):
+    """A cache while answers are read: what their prompts left stands before their own.
 
     `prompts` were read in buckets; `picks` says for each answer which bucket and which line of it its prompt is.
+    """
+
+    prompts: Sequence[PromptCache]
+    picks: Sequence[tuple[int, int]]
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        """What the prompts left, then the answers' own."""
+        return (*(array for prompt in self.prompts for array in prompt.arrays()), *super().arrays())
+
+    def _take(self, arrays: Sequence[mx.array]) -> None:
+        counts = [len(prompt.arrays()) for prompt in self.prompts]
+        *parts, own = _split(arrays, counts)
+        self.prompts = [prompt.with_arrays(part) for prompt, part in zip(self.prompts, parts, strict=True)]
+        super()._take(own)
+
+    def _lines(self, buckets: Sequence[mx.array]) -> mx.array:
+        """`[n, …]`, the answers' prompts, from each bucket's `[R, …]`.
+
+        Lines are split and joined, not gathered: the gradient of that is joining and splitting, not scattering.
+        """
+        lines = {(g, i): line for g, b in enumerate(buckets) for i, line in enumerate(mx.split(b, b.shape[0]))}
+        return mx.concatenate([lines[pick] for pick in self.picks])
+
+
+class ContinuationKVCache(Continuation, PrefixKVCache):
+    """Keys and values of answers, behind those of their prompts.
+
     `lengths [n]` are the prompts' real lengths, which are the answers' position offset too, and `width` the longest. A
     mask can be had before any prompt is read: models make it from the cache of a block that may be left out.
     """
+
+    prompts: Sequence[PrefixKVCache]
 
     def __init__(self, prompts: Sequence[PrefixKVCache], picks: Sequence[tuple[int, int]], lengths: np.ndarray) -> None:
         super().__init__()
@@ -97,36 +215,102 @@ class ContinuationKVCache(PrefixKVCache):
         seen = causal(own[:, self.read :], np.concatenate([before, own], axis=1), window_size)
         return mx.array(seen & real[:, None, :])[:, None]
 
-    def arrays(self) -> tuple[mx.array, ...]:
-        """The prompts' keys and values, then the answers' own."""
-        return (*(array for prompt in self.prompts for array in prompt.arrays()), *super().arrays())
-
-    def with_arrays(self, arrays: Sequence[mx.array]) -> ContinuationKVCache:
-        """The same with other arrays in place of `arrays()`."""
-        prompts, start = [], 0
-        for prompt in self.prompts:
-            end = start + 2 * len(prompt.pieces)
-            prompts.append(prompt.with_arrays(arrays[start:end]))
-            start = end
-        other = ContinuationKVCache(prompts, self.picks, self.lengths)
-        other.pieces, other.read = _paired(arrays[start:]), self.read
-        return other
-
     def _picked(self, buckets: Sequence[mx.array]) -> mx.array:
-        """`[n, heads, width, size]` from each bucket's `[R, heads, P, size]`.
+        """`[n, heads, width, size]` from each bucket's `[R, heads, P, size]`."""
 
-        Lines are split and joined, not gathered: the gradient of that is joining and splitting, not scattering.
-        """
-        lines: dict[tuple[int, int], mx.array] = {}
-        for g in {g for g, _ in self.picks}:
-            whole = buckets[g]
-            wide = whole.shape[2]
-            if wide > self.width:
-                whole = whole[:, :, : self.width]
-            elif wide < self.width:
-                whole = mx.pad(whole, [(0, 0), (0, 0), (0, self.width - wide), (0, 0)])
-            lines |= {(g, i): line for i, line in enumerate(mx.split(whole, whole.shape[0]))}
-        return mx.concatenate([lines[pick] for pick in self.picks])
+        def as_wide(x: mx.array) -> mx.array:
+            return mx.pad(x[:, :, : self.width], [(0, 0), (0, 0), (0, max(0, self.width - x.shape[2])), (0, 0)])
+
+        return self._lines([as_wide(bucket) for bucket in buckets])
+
+
+class ContinuationStates(Continuation, PrefixStates):
+    """States of answers, which begin as their prompts' states.
+
+    Answers have no `real` lengths: what is read behind their last token reaches nothing but padding.
+    """
+
+    prompts: Sequence[PrefixStates]
+
+    def __init__(self, prompts: Sequence[PrefixStates], picks: Sequence[tuple[int, int]], lengths: np.ndarray) -> None:
+        super().__init__(prompts[0].results)
+        self.prompts = prompts
+        self.picks = picks
+        self.begun = lengths > 0
+
+    def __getitem__(self, index: int) -> mx.array | None:
+        own = self.cache[index]
+        if own is not None:
+            return own
+        picked = self._lines([prompt[index] for prompt in self.prompts])
+        if self.begun.all():
+            return picked
+        # where no token was read but padding, the state is what every block begins with
+        return mx.where(mx.array(self.begun).reshape(-1, *[1] * (picked.ndim - 1)), picked, 0)
+
+
+class CacheGroup(PromptCache):
+    """Several caches of one block, as mlx-lm's `CacheList`: of a block that has attention beside a recurrence."""
+
+    def __init__(self, members: Sequence[PromptCache]) -> None:
+        self.members = members
+        self.results = sum(member.results for member in members)
+
+    @property
+    def step(self) -> tuple[int, int]:
+        return self.members[0].step
+
+    @step.setter
+    def step(self, columns: tuple[int, int]) -> None:
+        for member in self.members:
+            member.step = columns
+
+    def __getitem__(self, index: int) -> PromptCache:
+        return self.members[index]
+
+    def arrays(self) -> tuple[mx.array, ...]:
+        return tuple(array for member in self.members for array in member.arrays())
+
+    def left(self) -> tuple[mx.array, ...]:
+        return tuple(array for member in self.members for array in member.left())
+
+    def leave(self, arrays: Sequence[mx.array]) -> None:
+        parts = _split(arrays, [member.results for member in self.members])
+        for member, part in zip(self.members, parts, strict=False):
+            member.leave(part)
+
+    def _take(self, arrays: Sequence[mx.array]) -> None:
+        parts = _split(arrays, [len(member.arrays()) for member in self.members])
+        self.members = [member.with_arrays(part) for member, part in zip(self.members, parts, strict=False)]
+
+
+def pads_states(model: nn.Module) -> bool:
+    """Whether `model` keeps the states of sequences of unequal length apart from their padding (`lengths`).
+
+    Of the others, prompts are read in buckets of one length.
+    """
+    return type(model).__module__.rpartition(".")[2] not in IGNORE_LENGTHS
+
+
+def prefix_caches(model: nn.Module, real: np.ndarray | None = None) -> list[PromptCache]:
+    """Stand-ins for `model`'s own caches, for sequences of `real [R]` lengths that are continued."""
+
+    def stand_in(cache: Any) -> PromptCache:
+        if isinstance(cache, CacheList):
+            return CacheGroup([stand_in(member) for member in cache.caches])
+        return PrefixStates(len(cache.cache), real) if isinstance(cache, ArraysCache) else PrefixKVCache()
+
+    return [stand_in(cache) for cache in make_prompt_cache(model)]
+
+
+def continuation(prompts: Sequence[Any], picks: Sequence[tuple[int, int]], lengths: np.ndarray) -> PromptCache:
+    """The cache of answers behind a block's `prompts`, one for each bucket of them (`ContinuationKVCache`)."""
+    if isinstance(prompts[0], CacheGroup):
+        members = zip(*(group.members for group in prompts), strict=True)
+        return CacheGroup([continuation(of_member, picks, lengths) for of_member in members])
+    if isinstance(prompts[0], PrefixStates):
+        return ContinuationStates(prompts, picks, lengths)
+    return ContinuationKVCache(prompts, picks, lengths)
 
 
 def causal(query: np.ndarray, key: np.ndarray, window_size: int | None) -> np.ndarray:
@@ -143,5 +327,7 @@ def _join(pieces: Sequence[KeysValues]) -> KeysValues:
     return mx.concatenate(list(keys), axis=2), mx.concatenate(list(values), axis=2)
 
 
-def _paired(arrays: Sequence[mx.array]) -> list[KeysValues]:
-    return list(zip(arrays[::2], arrays[1::2], strict=True))
+def _split(arrays: Sequence[mx.array], counts: Sequence[int]) -> list[Sequence[mx.array]]:
+    """So many of them for each count, and at last the rest."""
+    ends = [0, *np.cumsum(counts).tolist(), len(arrays)]
+    return [arrays[start:end] for start, end in pairwise(ends)]

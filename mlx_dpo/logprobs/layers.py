@@ -7,17 +7,21 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dpo.logprobs.kv_cache import PrefixKVCache
+from mlx_dpo.logprobs.kv_cache import PromptCache
 
 CheckpointFn = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A transform like `mx.checkpoint`: of a function, one that is computed again when its gradient is taken."""
 
 
 class Layer:
-    """A block of the model that answers for it in everything (`use_sliding`, `layer_type`, …) but its call."""
+    """A block of the model that answers for it in everything (`use_sliding`, its class, …) but its call."""
 
     def __init__(self, block: Any) -> None:
         self._block = block
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:  # some models ask for it
+        return type(self._block)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
@@ -59,8 +63,8 @@ class CaptureInput(Layer):
 class CheckpointedLayer(Layer):
     """Gradient checkpointing: keeps its input instead of its activations, and computes them again (Chen et al. 2016).
 
-    What is computed twice must be a pure function, or the second time differs from the first: keys and values go in as
-    arguments and come out as results, instead of lying in a cache that the block changes.
+    What is computed twice must be a pure function, or the second time differs from the first: what a cache holds goes
+    in as arguments and comes out as results, instead of lying in a cache that the block changes.
     """
 
     def __init__(self, block: Any, checkpoint_fn: CheckpointFn = mx.checkpoint) -> None:
@@ -68,7 +72,7 @@ class CheckpointedLayer(Layer):
         self._checkpoint_fn = checkpoint_fn
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> Any:
-        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PrefixKVCache)), None)
+        cache = next((c for c in [*args, *kwargs.values()] if isinstance(c, PromptCache)), None)
         before = cache.arrays() if cache is not None else ()
         # a copy that stays at this position: by the time this is computed again the cache itself has read on
         now = cache.with_arrays(before) if cache is not None else None
@@ -83,11 +87,11 @@ class CheckpointedLayer(Layer):
                 *[swap.get(id(a), a) for a in args],
                 **{name: swap.get(id(a), a) for name, a in kwargs.items()},
             )
-            return (out, *local.pieces[-1]) if local is not None else out
+            return (out, *local.left()) if local is not None else out
 
         out = self._checkpoint_fn(pure)(parameters, x, *before)
         self._block.update(parameters)  # the trace left its own arrays in the block
         if cache is not None:
-            out, keys, values = out
-            cache.pieces.append((keys, values))
+            out, *left = out
+            cache.leave(left)
         return out

@@ -27,7 +27,7 @@ from mlx_dpo.logprobs.buckets import (
     whole_sequences,
 )
 from mlx_dpo.logprobs.head import head_logps, token_logps
-from mlx_dpo.logprobs.kv_cache import ContinuationKVCache, PrefixKVCache
+from mlx_dpo.logprobs.kv_cache import PromptCache, continuation, pads_states, prefix_caches
 from mlx_dpo.logprobs.layers import CaptureInput, CheckpointedLayer, CheckpointFn, InjectInput, Layer, SkipLayer
 from mlx_dpo.logprobs.precision import by_gradient_kernels
 from mlx_dpo.logprobs.split_model import SplitModel, split_model
@@ -181,8 +181,9 @@ class Scorer:
 
     def layout(self, batch: Batch) -> Layout:
         """How a batch is read: its prompts apart from the answers where that is allowed, else whole sequences."""
-        shares = self.speed.shared_prompt and batch.shares_prompt
-        return (split_prompts if shares else whole_sequences)(batch, self.bucket_overhead)
+        if self.speed.shared_prompt and batch.shares_prompt:
+            return split_prompts(batch, self.bucket_overhead, pad_prompts=pads_states(self.model))
+        return whole_sequences(batch, self.bucket_overhead)
 
     def steps(self, bucket: Bucket) -> list[tuple[int, int]]:
         """The columns of a bucket that are read at a time (chunked prefill); all of them without shared prompts."""
@@ -195,34 +196,34 @@ class Scorer:
 
     def _hidden(self, layout: Layout, boundary: _Boundary) -> mx.array:
         """Hidden states of the answers' buckets, flattened and laid end to end: `[tokens, hidden]`."""
-        prompts: list[list[PrefixKVCache]] = []  # by bucket, by block
+        prompts: list[list[PromptCache]] = []  # by bucket, by block
         for bucket in layout.prompts:
-            prompts.append([PrefixKVCache() for _ in self.model.layers])
-            self._pass(bucket, prompts[-1], boundary, len(prompts) - 1)  # for its keys and values alone
+            prompts.append(prefix_caches(self.model, bucket.padded_lengths))
+            self._pass(bucket, prompts[-1], boundary, len(prompts) - 1)  # for what it leaves in the caches alone
         prompt_of = {r: (b, i) for b, bucket in enumerate(layout.prompts) for i, r in enumerate(bucket.sequences)}
         answers = layout.position.shape[1]
         states = []
         for b, bucket in enumerate(layout.answers, len(prompts)):
             rows = [sequence // answers for sequence in bucket.sequences]
-            caches: list[PrefixKVCache] = [  # none where whole sequences are read: zip of nothing is empty
-                ContinuationKVCache(of_block, [prompt_of[r] for r in rows], layout.before[rows])
+            caches = [  # none where whole sequences are read: zip of nothing is empty
+                continuation(of_block, [prompt_of[r] for r in rows], layout.before[rows])
                 for of_block in zip(*prompts, strict=True)
             ]
             hidden = self._pass(bucket, caches, boundary, b)
             states.append(hidden.reshape(-1, hidden.shape[-1]))
         return mx.concatenate(states)
 
-    def _pass(self, bucket: Bucket, caches: list[PrefixKVCache], boundary: _Boundary, which: int) -> mx.array:
+    def _pass(self, bucket: Bucket, caches: list[PromptCache], boundary: _Boundary, which: int) -> mx.array:
         """Hidden states `[n, width, hidden]` of a bucket, read on top of its `caches`."""
         assert self.split is not None
         steps = self.steps(bucket)
         if len(steps) > 1 and not caches:
-            caches = [PrefixKVCache() for _ in self.model.layers]
+            caches = prefix_caches(self.model)
         hidden = []
         captured: list[mx.array] | None = [] if boundary.captured is not None else None
         for start, end in steps:
             for cache in caches:
-                cache.read = start  # said here, since the cache of a block that is left out is never updated
+                cache.step = (start, end)  # said here, since the cache of a block that is left out is never updated
             inject = boundary.inject[which][:, start:end] if boundary.inject is not None else None
             layers = self._layers(inject, captured)
             tokens = mx.array(bucket.tokens[:, start:end])

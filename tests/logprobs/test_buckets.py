@@ -124,8 +124,8 @@ def test_padding_is_counted_over_what_is_read() -> None:
     """Prompts of 4 and 0 tokens without their last, answers of 3, 1, 2 and 30 with it: 4 + 36 real tokens."""
     batch = some_batch((5, 1), ((3, 1), (2, 30)))
     assert padding_share(split_prompts(batch, ONE_BUCKET).buckets) == pytest.approx(1 - 40 / (2 * 4 + 4 * 30))
-    assert padding_share(split_prompts(batch, 0).buckets) == pytest.approx(1 / 41), (
-        "a prompt without tokens is one of padding"
+    assert padding_share(split_prompts(batch, 0).buckets) == pytest.approx(2 / 42), (
+        "a prompt without tokens is one of padding, and an answer of one has another"
     )
 
 

@@ -26,9 +26,8 @@ from mlx_dpo.models.load import load
 from support.adapters import adapted_model, random_rows
 from support.tiny_models import TINY_MODELS, tiny_model_folder
 
-NOT_SHARED = ("lfm2", "qwen3_5", "mamba2", "gemma2")
-"""State-space and convolution blocks keep no keys and values to share; gemma 2's attention takes no mask for each row.
-"""
+NOT_SHARED = ("gemma2",)
+"""Its attention takes no mask for each row."""
 OFF = SpeedConfig(**OPTIMIZATIONS)
 
 
@@ -88,7 +87,7 @@ def test_all_optimizations_together_give_the_plain_paths_log_probs_and_gradients
 
 
 @pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=len(OPTIMIZATIONS))))
-@pytest.mark.parametrize(("arch", "bucket_overhead"), [("llama", 8), ("gemma3", 0)])
+@pytest.mark.parametrize(("arch", "bucket_overhead"), [("llama", 8), ("gemma3", 0), ("lfm2", 8), ("qwen3_5", 8)])
 def test_every_choice_of_optimizations_is_exact(
     arch: str, bucket_overhead: int, on: tuple[bool, ...], tmp_path: Path
 ) -> None:
@@ -119,7 +118,7 @@ def test_in_steps_attention_leaves_out_most_of_what_is_masked(tmp_path: Path, mo
         Scorer(model, SpeedConfig(activation_cache=False, prefill_step_size=size))(
             make_batch([row], [0]), gradient=False
         )
-        answers = (1 + 64) * len(model.layers)  # both in one array, a single token each
+        answers = 2 * (2 + 64) * len(model.layers)  # both in one array, a token and one of padding each
         assert sum(pairs) - answers == expected * len(model.layers)
 
 
@@ -214,10 +213,10 @@ def test_the_check_keeps_the_optimizations_that_hold_and_says_why_one_does_not(a
     model, vocabulary = adapted_model(tmp_path, arch)
     said: list[object] = []
     speed, difference, _ = check_optimizations(model, random_rows(vocabulary), SpeedConfig(), on_event=said.append)
-    assert speed == SpeedConfig(shared_prompt=arch == "llama")
+    assert speed == SpeedConfig(shared_prompt=arch != "gemma2")
     assert difference < 1e-4
     assert [isinstance(event, Warned) and "speed.shared_prompt" in event.text for event in said] == [True] * (
-        arch != "llama"
+        arch == "gemma2"
     )
 
 
@@ -227,7 +226,7 @@ def test_settle_holds_log_probs_alone_where_nothing_is_trained(arch: str, tmp_pa
     speed, difference, noise = check_optimizations(
         loaded.model, random_rows(len(loaded.tokenizer)), SpeedConfig(activation_cache=False)
     )
-    assert speed == SpeedConfig(activation_cache=False, shared_prompt=arch == "llama")
+    assert speed == SpeedConfig(activation_cache=False, shared_prompt=arch != "gemma2")
     assert difference < 1e-4
     assert noise == 0, "float32 on a CPU"
 

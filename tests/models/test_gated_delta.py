@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 from mlx_lm.models import gated_delta
 from mlx_lm.models.gated_delta import gated_delta_ops
 from mlx_lm.utils import load_model
@@ -24,64 +23,10 @@ from mlx_dpo.models import lora
 from mlx_dpo.models.gated_delta import CHUNK, SEGMENT, chunked_gated_delta, trainable_gated_delta
 from mlx_dpo.planning.graph import as_checkpointed, trace, traceable_checkpoint
 from mlx_dpo.planning.peak_memory import IN_FLIGHT, peak_memory
-from support.tiny_models import TINY_MODELS, tiny_model_folder
+from support.hybrids import GATED_DELTA, tiny_hybrid
+from support.tiny_models import tiny_model_folder
 
 NAMES = ("y", "last state", "d q", "d k", "d v", "d g", "d beta", "d state")
-
-_COMMON = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0,
-    "max_position_embeddings": 256,
-}
-_EXPERTS = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 32}
-_HEADS = {
-    "linear_num_value_heads": 4,
-    "linear_num_key_heads": 2,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 8,
-    "linear_conv_kernel_dim": 4,
-}
-FAMILIES: dict[str, tuple[dict[str, Any], int]] = {
-    # mlx-lm's file: settings of a model of four blocks, and how many of these are gated-delta blocks
-    "qwen3_5": (TINY_MODELS["qwen3_5"]["text_config"] | {"vocab_size": 64}, 2),
-    "qwen3_next": (
-        _COMMON
-        | _HEADS
-        | _EXPERTS
-        | {
-            "decoder_sparse_step": 1,
-            "mlp_only_layers": [],
-            "shared_expert_intermediate_size": 32,
-            "partial_rotary_factor": 0.5,
-        },
-        3,
-    ),
-    "olmo_hybrid": (
-        _COMMON | _HEADS | {"linear_allow_neg_eigval": True, "tie_word_embeddings": False, "attention_bias": False},
-        3,
-    ),
-    "kimi_linear": (  # a decay for each channel
-        _COMMON
-        | _EXPERTS
-        | {
-            "linear_attn_config": {"kda_layers": [1, 2, 3], "full_attn_layers": [4], "num_heads": 2, "head_dim": 16},
-            "model_max_length": 256,
-            "kv_lora_rank": 16,
-            "qk_nope_head_dim": 16,
-            "qk_rope_head_dim": 16,
-            "v_head_dim": 16,
-            "mla_use_nope": True,
-        },
-        3,
-    ),
-}
 
 
 def random_inputs(
@@ -254,20 +199,6 @@ def test_its_memory_can_be_forecast() -> None:
 # models that take it
 
 
-def tiny_model(family: str) -> nn.Module:
-    """A random model of one of `FAMILIES`, all of it trainable."""
-    module = importlib.import_module(f"mlx_lm.models.{family}")
-    settings = FAMILIES[family][0] | {"model_type": family}
-    if family == "qwen3_5":
-        settings = {"model_type": family, "text_config": settings}
-    model = module.Model(module.ModelArgs.from_dict(settings))
-    keys = iter(mx.random.split(mx.random.key(3), 300))
-    model.update(
-        tree_map(lambda w: w + mx.random.normal(w.shape, scale=0.1, key=next(keys)), model.trainable_parameters())
-    )
-    return model
-
-
 def loss_and_gradient(model: nn.Module, tokens: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
     def loss(model: nn.Module) -> mx.array:
         return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:]).mean()
@@ -276,13 +207,13 @@ def loss_and_gradient(model: nn.Module, tokens: mx.array) -> tuple[mx.array, dic
     return value, dict(tree_flatten(gradient))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GATED_DELTA)
 def test_every_familys_blocks_are_found_and_give_what_they_gave(family: str) -> None:
-    model = tiny_model(family)
+    model = tiny_hybrid(family)
     tokens = mx.random.randint(0, 64, (2, 70), key=mx.random.key(4))
     loss, gradient = loss_and_gradient(model, tokens)
     with trainable_gated_delta(model) as count:
-        assert count == FAMILIES[family][1]
+        assert count == GATED_DELTA[family][1]
         found, found_gradient = loss_and_gradient(model, tokens)
     np.testing.assert_allclose(found.item(), loss.item(), rtol=1e-5)
     assert found_gradient.keys() == gradient.keys()
@@ -347,7 +278,7 @@ def test_on_metal_a_model_in_evaluation_mode_has_a_gradient(monkeypatch: pytest.
         def __getattr__(self, name: str) -> Any:
             return getattr(mx, name)
 
-    model = tiny_model("qwen3_5")
+    model = tiny_hybrid("qwen3_5")
     tokens = mx.random.randint(0, 64, (1, 20), key=mx.random.key(4))
     expected, _ = loss_and_gradient(model, tokens)
     monkeypatch.setattr(gated_delta, "mx", Metal())
@@ -360,7 +291,7 @@ def test_on_metal_a_model_in_evaluation_mode_has_a_gradient(monkeypatch: pytest.
 
 
 def test_other_models_and_the_same_model_afterwards_are_untouched() -> None:
-    model, other = tiny_model("qwen3_5"), tiny_model("qwen3_5")
+    model, other = tiny_hybrid("qwen3_5"), tiny_hybrid("qwen3_5")
     types = [type(module) for _, module in model.named_modules()]
     with pytest.raises(KeyError), trainable_gated_delta(model), trainable_gated_delta(model):
         assert [type(module) for _, module in model.named_modules()] != types

@@ -126,7 +126,7 @@ def test_answers_are_foreseen_with_all_weights_in_memory(config: RunConfig) -> N
 
 
 def test_an_optimization_that_the_models_code_does_not_take_is_left_out(config: RunConfig, tmp_path: Path) -> None:
-    model = tiny_model_folder(tmp_path / "mamba2", "mamba2")
+    model = tiny_model_folder(tmp_path / "gemma2", "gemma2")
     plan, _ = plan_run(changed(config, model={"path": str(model)}, lora={"num_layers": -1}), LARGE)
     assert not plan.speed.shared_prompt
 

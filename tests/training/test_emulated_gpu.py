@@ -20,8 +20,6 @@ from support.emulated_gpu import emulated_gpu
 from support.tiny_models import tiny_model_folder
 
 ONE_OF_A_KIND = ("llama", "gemma3", "smollm3", "qwen3_moe", "lfm2", "qwen3_5", "mamba2")
-WHOLE_SEQUENCES = ("lfm2", "qwen3_5", "mamba2")
-"""Their state is more than keys and values: prompts are not shared, which one warning says."""
 
 
 @pytest.mark.parametrize("arch", ONE_OF_A_KIND)
@@ -45,7 +43,7 @@ def test_a_run_in_bfloat16_learns_and_is_judged_the_same_by_eval_and_score(arch:
         rows = list(score(tuned, data, LossConfig()))
     assert found["loss"] < 0.3
     warned = [event.text for event in events if isinstance(event, Warned) and "language may break" not in event.text]
-    assert len(warned) == (arch in WHOLE_SEQUENCES), warned
+    assert not warned
     (started,) = (event for event in events if isinstance(event, Started))
     assert "moves a token's log-prob by" in started.facts["rounding"]
     assert found["rewards/within_noise"] < 0.5
@@ -62,7 +60,7 @@ def test_the_real_small_model_takes_the_same_way_in_bfloat16_as_in_float32(demo_
         events: list[object] = []
         config = RunConfig(
             model=ModelConfig(path=str(demo_model), compute_dtype=dtype),
-            data=DataConfig(path=str(rows), valid_fraction=0, max_length=96),
+            data=DataConfig(path=str(rows), valid_fraction=0, max_length=160),
             lora=LoraConfig(num_layers=2),
             optim=OptimConfig(name="sgd", learning_rate=1e-2, warmup_ratio=0, lr_scheduler_type="constant"),
             train=TrainConfig(output=str(tmp_path / dtype), batch_size=4, save_every=1000),
