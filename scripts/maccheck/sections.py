@@ -245,13 +245,13 @@ def display(job: Job) -> Result:
 SECTIONS: dict[str, Callable[[Job], Result]] = {
     "machine": machine,
     "hybrid": hybrid,
+    "resume": resume,
     "exactness": exactness,
-    "steps": steps,
-    "sft": sft,
     "head": head_chunks,
     "update": update,
     "layers": layers,
-    "resume": resume,
+    "sft": sft,
+    "steps": steps,
     "display": display,
 }
 ONCE = ("machine", "hybrid", "resume")
