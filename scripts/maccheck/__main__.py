@@ -36,7 +36,10 @@ def main() -> None:
         print(f"{name}, {model}, {dtype} ...", file=sys.stderr, flush=True)
         began = time.monotonic()
         found = _in_own_process(name, model, dtype, ends, asked.display_minutes)
-        results.append({"section": name, "model": model, "dtype": dtype, "seconds": time.monotonic() - began} | found)
+        known_as = Path(model).name if Path(model).is_dir() else model  # a path tells of its owner
+        results.append(
+            {"section": name, "model": known_as, "dtype": dtype, "seconds": time.monotonic() - began} | found
+        )
         (asked.output / "mac-check.json").write_text(json.dumps(results, indent=1) + "\n")
         (asked.output / "mac-check.html").write_text(page(results))
     print("\n".join(said(results)))

@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
-from mlx_dpo.macos import set_environment
+from mlx_dpo.macos import TF32, WATCHDOG, set_environment
 
 set_environment()  # before MLX is loaded, as the command line does
 
@@ -70,8 +70,10 @@ class Job(NamedTuple):
 
 def machine(job: Job) -> Result:
     """Processor, system, versions, power, and what was set before MLX was loaded."""
-    found = describe() | {"environment": {name: os.environ.get(name) for name in ("MLX_ENABLE_TF32", WATCHDOG)}}
-    found["device info"] = {name: str(value) for name, value in mx.device_info().items()}
+    found = describe()
+    found |= {f"version of {name}": number for name, number in found.pop("versions").items()}
+    found |= {name: os.environ.get(name, "not set") for name in (TF32, WATCHDOG)}
+    found |= {f"device: {name}": str(value) for name, value in mx.device_info().items()}
     if platform.system() == "Darwin":
         found["macOS"] = platform.mac_ver()[0]
         found["power"] = _output("pmset", "-g", "batt").splitlines()[:1]
@@ -258,7 +260,6 @@ ONCE = ("machine", "hybrid", "resume")
 """What does not depend on the model."""
 
 PLAIN = SpeedConfig(**OPTIMIZATIONS)
-WATCHDOG = "AGX_RELAX_CDM_CTXSTORE_TIMEOUT"
 
 
 def _config(job: Job, name: str, steps: int = STEPS) -> RunConfig:
