@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_map
 
 from mlx_dpo.logprobs.kv_cache import PromptCache
+from mlx_dpo.models.trees import flat
 
 CheckpointFn = Callable[[Callable[..., Any]], Callable[..., Any]]
 """A transform like `mx.checkpoint`: of a function, one that is computed again when its gradient is taken."""
@@ -77,21 +79,42 @@ class CheckpointedLayer(Layer):
         # a copy that stays at this position: by the time this is computed again the cache itself has read on
         now = cache.with_arrays(before) if cache is not None else None
         parameters = self._block.trainable_parameters()
+        # arrays that a block gets beside its input may hang on the blocks below: gemma 4's last ones read others' keys
+        beside = _arrays((args, kwargs))
+        form: list[Any] = []  # of what the block gives, which may be more than an array
 
-        def pure(parameters: dict[str, Any], x: mx.array, *before: mx.array) -> Any:
-            local = now.with_arrays(before) if now is not None else None
-            swap = {id(cache): local}
+        def pure(parameters: dict[str, Any], x: mx.array, *arrays: mx.array) -> tuple[mx.array, ...]:
+            given = iter(arrays[: len(beside)])
+            local = now.with_arrays(arrays[len(beside) :]) if now is not None else None
+
+            def swap(leaf: Any) -> Any:
+                return next(given) if _has_gradient(leaf) else local if leaf is cache else leaf
+
             self._block.update(parameters)  # as arguments, or mx.checkpoint gives them no gradient
-            out = self._block(
-                x,
-                *[swap.get(id(a), a) for a in args],
-                **{name: swap.get(id(a), a) for name, a in kwargs.items()},
-            )
-            return (out, *local.left()) if local is not None else out
+            positional, named = tree_map(swap, (args, kwargs))
+            out = self._block(x, *positional, **named)
+            form[:] = [tree_map(lambda leaf: _ARRAY if _has_gradient(leaf) else leaf, out)]
+            results, left = _arrays(out), local.left() if local is not None else ()
+            # of an array that is a result twice MLX takes the gradient of one of them alone
+            twice = {id(array) for array in results}
+            return (*results, *(mx.contiguous(array) if id(array) in twice else array for array in left))
 
-        out = self._checkpoint_fn(pure)(parameters, x, *before)
+        results = iter(self._checkpoint_fn(pure)(parameters, x, *beside, *before))
         self._block.update(parameters)  # the trace left its own arrays in the block
+        out = tree_map(lambda leaf: next(results) if leaf is _ARRAY else leaf, form[0])
         if cache is not None:
-            out, *left = out
-            cache.leave(left)
+            cache.leave(list(results))
         return out
+
+
+def _arrays(tree: Any) -> list[mx.array]:
+    return [leaf for leaf in flat(tree).values() if _has_gradient(leaf)]
+
+
+def _has_gradient(leaf: Any) -> bool:
+    """Masks and offsets have none."""
+    return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+
+_ARRAY = object()
+"""Stands for an array in the form of what a block gives."""

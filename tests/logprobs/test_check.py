@@ -86,6 +86,19 @@ def test_all_optimizations_together_give_the_plain_paths_log_probs_and_gradients
         assert_same(measure(model, batch, scorer, training=checkpoint), measure(model, batch, None), atol)
 
 
+@pytest.mark.parametrize("shared_prompt", [False, True])
+def test_blocks_that_read_keys_of_blocks_below_keep_their_gradient_when_computed_twice(
+    shared_prompt: bool, tmp_path: Path
+) -> None:
+    """Gemma 4's last blocks take others' keys and values as arguments, which may be what a cache keeps too."""
+    model, vocabulary = adapted_model(tmp_path, "gemma4", num_layers=4)
+    rows = random_rows(vocabulary)
+    batch = make_batch(rows, range(len(rows)))
+    speed = SpeedConfig(shared_prompt=shared_prompt, activation_cache=False, prefill_step_size=5)
+    expected = measure(model, batch, None)
+    assert_same(measure(model, batch, Scorer(model, speed, checkpoint=True), training=True), expected)
+
+
 @pytest.mark.parametrize("on", list(itertools.product((False, True), repeat=len(OPTIMIZATIONS))))
 @pytest.mark.parametrize(("arch", "bucket_overhead"), [("llama", 8), ("gemma3", 0), ("lfm2", 8), ("qwen3_5", 8)])
 def test_every_choice_of_optimizations_is_exact(
