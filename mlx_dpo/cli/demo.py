@@ -113,7 +113,7 @@ def show_accuracy(before: dict[str, Any], after: dict[str, Any]) -> None:
             low, high = wilson_interval(found.get(key, 0.0) * found["rows"], found["rows"])
             cells.append(f"{found[key]:.0%} ({low:.0%} to {high:.0%})" if key in found else "none yet: all are 0")
         table.add_row(label, *cells)
-    table.add_row("distance from the base model, KL in nats a token", "0.00", f"{after['kl/token']:.2f}")
+    table.add_row("KL from the base, nats a token", "0.00", f"{after['kl/token']:.2f}")
     stdout().print(table)
 
 

@@ -26,7 +26,7 @@ def test_the_demo_goes_all_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("mlx_dpo.demo.model.fetch_demo_model", lambda progress: model)
     shown = call("demo", "--output", tmp_path / "run").stdout
     assert "What is the largest ocean on Earth?" in shown
-    assert "51 unseen pairs ranked right" in shown and "KL in nats a token" in shown
+    assert "51 unseen pairs ranked right" in shown and "KL from the base" in shown
     assert "adapters.safetensors" in shown
 
 
