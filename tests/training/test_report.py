@@ -6,13 +6,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import mlx.nn as nn
 import pytest
+from mlx_lm.models import mamba
 
 from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, RunConfig
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from mlx_dpo.training.checkpoint import TrainerState
-from mlx_dpo.training.report import LARGE_KL, _not_adapted, warn_of_drift, warn_of_kl
+from mlx_dpo.training.report import LARGE_KL, _not_adapted, warn_of_drift, warn_of_kl, warn_of_loop
 from support.tiny_models import tiny_model_folder
 
 
@@ -63,3 +65,13 @@ def test_what_of_a_mixture_has_no_adapter_is_said_with_how_to_ask_for_it(
     prepared = cast(Any, SimpleNamespace(loaded=loaded, adapter=adapter, config=RunConfig()))
     assert _not_adapted(prepared).get("not adapted", "").startswith(said)
     assert bool(_not_adapted(prepared)) == bool(said)
+
+
+def test_what_reads_token_by_token_is_said_before_the_run() -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 16, "state_size": 4, "num_hidden_layers": 1, "conv_kernel": 4}
+    args = mamba.ModelArgs(
+        model_type="mamba", vocab_size=16, use_bias=False, use_conv_bias=True, time_step_rank="auto", **sizes
+    )
+    said = warn_of_loop(mamba.Model(args))
+    assert said and said.startswith("mamba blocks") and "--max-length" in said
+    assert warn_of_loop(nn.Linear(2, 2)) is None
