@@ -80,9 +80,9 @@ def warn_of_loop(model: nn.Module) -> str | None:
     if family not in TOKEN_BY_TOKEN:
         return None
     return (
-        f"{family} blocks read a text token by token where a gradient is wanted, and keep a state for each: a step takes "
-        "many times as long as with attention, and memory grows with the length. Short rows (--max-length) and few "
-        "blocks (--num-layers) help; Mamba 2, gated-delta and convolution hybrids are read in chunks"
+        f"{family} blocks read a text token by token where a gradient is wanted, and keep a state for each: a step "
+        "takes many times as long as with attention, and memory grows with the length. Short rows (--max-length) and "
+        "few blocks (--num-layers) help; Mamba 2, gated-delta and convolution hybrids are read in chunks"
     )
 
 
