@@ -8,6 +8,7 @@ in it, and no formula has to follow them.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
 
@@ -52,7 +53,8 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
         ValueError, RuntimeError: MLX cannot describe what the function does.
     """
     records: list[dict[str, Any]] = []
-    mx.export_function(records.append, function, *arrays)
+    with _copies_that_can_be_described():
+        mx.export_function(records.append, function, *arrays)
     by_type = {record["type"]: record for record in records}
     numbers: dict[str, int] = {}
     described: list[Array] = []
@@ -77,6 +79,17 @@ def trace(function: Callable[..., Sequence[mx.array]], arrays: Sequence[mx.array
     ]
     results = [number(found) for found in by_type["outputs"]["outputs"]]
     return Graph(ops, described, inputs, results)
+
+
+@contextmanager
+def _copies_that_can_be_described() -> Iterator[None]:
+    """MLX cannot describe `mx.contiguous`, with which mlx-lm copies states; a product by 1 is as large."""
+    usual = mx.contiguous
+    mx.contiguous = lambda array, *args, **kwargs: array * 1
+    try:
+        yield
+    finally:
+        mx.contiguous = usual
 
 
 def traceable_checkpoint(marks: Iterator[mx.array]) -> CheckpointFn:
