@@ -83,7 +83,7 @@ def _check(
     batch = make_batch(two, [0, 1])
     copies = holds_16_bits(model)
     plain = plain_score(model, mx.checkpoint if copies else None)
-    expected = _measure(model, batch, lambda batch, gradient: plain(batch))
+    expected = measure(model, batch, lambda batch, gradient: plain(batch))
     tolerance, relative_tolerance = TOLERANCE, GRADIENT_TOLERANCE
     if _dtype(model) != mx.float32:  # a block that narrows what it reads: then its own rounding is the measure
         noise = rounding_noise(lambda batch, gradient: plain(batch), two)
@@ -101,9 +101,9 @@ def _check(
                     model, short, checkpoint=checkpoint or copies, activation_cache=cache,
                     bucket_overhead=bucket_overhead,
                 )  # fmt: skip
-                found = _measure(model, batch, lambda batch, gradient: scorer(batch, gradient=gradient).logps)  # noqa: B023
+                found = measure(model, batch, lambda batch, gradient: scorer(batch, gradient=gradient).logps)  # noqa: B023
                 difference = max(difference, *_differences(found, expected))
-                relative = max(relative, _relative(found.gradient, expected.gradient))
+                relative = max(relative, relative_difference(found.gradient, expected.gradient))
         except Exception as error:  # of any kind, from the model's own code: then this is left out
             if device_error(error):
                 raise
@@ -136,7 +136,7 @@ def two_short(rows: Sequence[TokenizedRow]) -> list[TokenizedRow]:
     return [first, cut(short[-1], max(2, len(first.prompt) - 8), CUT[1])]
 
 
-class _Measured(NamedTuple):
+class Measured(NamedTuple):
     """Token log-probs `[R, K, C]` by a pass without and by one with a gradient, and that gradient by parameter."""
 
     alone: mx.array
@@ -144,7 +144,7 @@ class _Measured(NamedTuple):
     gradient: dict[str, mx.array]
 
 
-def _measure(model: nn.Module, batch: Batch, score: Callable[[Batch, bool], mx.array]) -> _Measured:
+def measure(model: nn.Module, batch: Batch, score: Callable[[Batch, bool], mx.array]) -> Measured:
     """What `score` gives; no gradient where nothing is trained. The first pass fills an activation cache.
 
     The gradient is that of the first answer's log-prob less half of the others', so that answers do not cancel.
@@ -152,7 +152,7 @@ def _measure(model: nn.Module, batch: Batch, score: Callable[[Batch, bool], mx.a
     alone = score(batch, False)
     mx.eval(alone)
     if not flat(model.trainable_parameters()):
-        return _Measured(alone, alone, {})
+        return Measured(alone, alone, {})
     weight = mx.array([1.0] + [-0.5] * (batch.mask.shape[1] - 1))
 
     def objective(model: nn.Module) -> tuple[mx.array, mx.array]:
@@ -161,10 +161,10 @@ def _measure(model: nn.Module, batch: Batch, score: Callable[[Batch, bool], mx.a
 
     (_, logps), gradient = nn.value_and_grad(model, objective)(model)
     mx.eval(logps, gradient)
-    return _Measured(alone, logps, flat(gradient))
+    return Measured(alone, logps, flat(gradient))
 
 
-def _differences(found: _Measured, expected: _Measured) -> tuple[float, float]:
+def _differences(found: Measured, expected: Measured) -> tuple[float, float]:
     """The largest difference of a token's log-prob without and with a gradient; not a number counts as infinite."""
     pairs = ((found.alone, expected.alone), (found.logps, expected.logps))
     without, with_ = (float(mx.nan_to_num(mx.abs(a - b), nan=math.inf).max()) for a, b in pairs)
@@ -194,7 +194,7 @@ def plain_score(model: nn.Module, checkpoint_fn: CheckpointFn | None) -> Callabl
     return lambda batch: plain_logps(logits, batch).logps
 
 
-def _relative(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
+def relative_difference(found: dict[str, mx.array], expected: dict[str, mx.array]) -> float:
     """‖found − expected‖ / ‖expected‖ over all parameters."""
     difference = sum(
         float(mx.square((found[name] - value).astype(mx.float32)).sum()) for name, value in expected.items()

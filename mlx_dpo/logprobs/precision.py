@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import mlx.core as mx
@@ -90,7 +91,7 @@ def rounding_noise(score: Score, rows: Sequence[TokenizedRow]) -> float:
     squares, count = [], 0
     for r, row in enumerate(few):
         alone = make_batch([row], [r])
-        found = by_gradient_kernels(lambda alone=alone: score(alone, True))[0]  # type: ignore[misc]
+        found = by_gradient_kernels(partial(score, alone, True))[0]
         difference = (found - together[r, : found.shape[0], : found.shape[1]]) * mx.array(alone.mask[0])
         squares.append(mx.square(difference).sum())
         count += int(alone.mask.sum())

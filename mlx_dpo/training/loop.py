@@ -71,7 +71,6 @@ def train(config: RunConfig, *, resume: bool = False, on_event: OnEvent = ignore
         state = _where_to_begin(prepared, run, optimizer, resume=resume)
         take_step = Steps(prepared, optimizer)
         _warn(report.warn_of_reference(prepared), on_event)
-        _warn(report.warn_of_loop(prepared.loaded.model), on_event)
         on_event(Started(report.facts(prepared), prepared.total_steps, state.step))
         save = partial(_save, prepared, run, optimizer, state, on_event)
         with _saved_if_the_device_fails(run, state, take_step, save), deferred_interrupt() as request:

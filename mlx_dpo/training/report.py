@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from math import log, sqrt
 
-import mlx.nn as nn
-
 from mlx_dpo.config import RunConfig
 from mlx_dpo.data.batching import make_batch
 from mlx_dpo.logprobs.buckets import padding_share
@@ -24,9 +22,6 @@ SAME_FUNCTION = 1e-6
 
 SAID = 1e-3
 """Rounding of a token's log-prob, in nats, that people are told of."""
-
-TOKEN_BY_TOKEN = ("mamba", "jamba", "recurrent_gemma", "rwkv7", "bailing_moe_linear")
-"""Files of mlx-lm whose recurrent blocks have a loop over tokens and no other way with a gradient."""
 
 LARGE_KL = 1.0
 """KL per token, in nats, above which a run may be ruining its language, whatever its loss says.
@@ -71,18 +66,6 @@ def warn_of_reference(prepared: PreparedRun) -> str | None:
     return (
         f"the reference is the base model, and not {start}, from which training starts; after supervised "
         "fine-tuning it should be the latter: --reference start"
-    )
-
-
-def warn_of_loop(model: nn.Module) -> str | None:
-    """Before the first step, what reading token by token will cost; planning counts its memory."""
-    family = type(model).__module__.rpartition(".")[2]
-    if family not in TOKEN_BY_TOKEN:
-        return None
-    return (
-        f"{family} blocks read a text token by token where a gradient is wanted, and keep a state for each: a step "
-        "takes many times as long as with attention, and memory grows with the length. Short rows (--max-length) and "
-        "few blocks (--num-layers) help; Mamba 2, gated-delta and convolution hybrids are read in chunks"
     )
 
 

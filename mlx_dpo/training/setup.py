@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_dpo.config import LoraConfig, ModelConfig, RunConfig
 from mlx_dpo.data.batching import batches_by_length, epoch_batches, mismatched, order_batches, steps_of
@@ -37,6 +38,9 @@ from mlx_dpo.training.early_stopping import check_early_stopping
 from mlx_dpo.training.optim import make_optimizer
 from mlx_dpo.training.samples import choose_samples
 from mlx_dpo.types import Kind
+
+TOKEN_BY_TOKEN = ("mamba", "jamba", "recurrent_gemma", "rwkv7", "bailing_moe_linear")
+"""Files of mlx-lm whose recurrent blocks have a loop over tokens and no other way with a gradient."""
 
 
 @dataclass
@@ -161,6 +165,8 @@ def begin(
         on_event=on_event,
     )
     loaded = load_model(config.model)
+    if text := warn_of_loop(loaded.model):
+        on_event(Warned(text))
     rows, report = _encoded(splits.train, loaded, config, "", on_event)
     valid: list[TokenizedRow] = []
     held_out = EncodeReport()
@@ -187,6 +193,18 @@ def begin(
     spec = RunSpec(config, loaded.model, [*rows, *valid], len(rows), kind, optimizer)
     asked = choose_samples([*splits.train, *splits.valid], spec.rows, len(rows), config.train.eval_samples)
     return replace(spec, samples=asked), loaded, adapter
+
+
+def warn_of_loop(model: nn.Module) -> str | None:
+    """What reading token by token will cost, where a model has no other way; planning counts its memory."""
+    family = type(model).__module__.rpartition(".")[2]
+    if family not in TOKEN_BY_TOKEN:
+        return None
+    return (
+        f"{family} blocks read a text token by token where a gradient is wanted, and keep a state for each: a step "
+        "takes many times as long as with attention, and memory grows with the length. Short rows (--max-length) and "
+        "few blocks (--num-layers) help; Mamba 2, gated-delta and convolution hybrids are read in chunks"
+    )
 
 
 def _check_own_settings(config: RunConfig, adapter: lora.Adapter) -> None:

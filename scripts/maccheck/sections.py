@@ -36,12 +36,12 @@ from mlx_dpo.config import (  # noqa: E402
     SpeedConfig,
     TrainConfig,
 )
-from mlx_dpo.data.batching import Batch, make_batch  # noqa: E402
+from mlx_dpo.data.batching import make_batch  # noqa: E402
 from mlx_dpo.data.tokenize import TokenizedRow  # noqa: E402
 from mlx_dpo.events import Event, Started, Stepped, Warned  # noqa: E402
 from mlx_dpo.logprobs import head  # noqa: E402
 from mlx_dpo.logprobs.activation_cache import ActivationCache  # noqa: E402
-from mlx_dpo.logprobs.check import plain_score  # noqa: E402
+from mlx_dpo.logprobs.check import Measured, measure, plain_score, relative_difference  # noqa: E402
 from mlx_dpo.logprobs.precision import cut, in_float32, rounding_noise, without_dropout  # noqa: E402
 from mlx_dpo.logprobs.scorer import OPTIMIZATIONS, Scorer  # noqa: E402
 from mlx_dpo.models import adapted_layers, lora  # noqa: E402
@@ -96,7 +96,7 @@ def exactness(job: Job) -> Result:
         for dtype in dict.fromkeys((job.dtype, "float32")):
             with in_float32(model) if dtype == "float32" else nullcontext():
                 plain = plain_score(model, mx.checkpoint)
-                expected = _measure(model, batch, lambda batch, grad: plain(batch))  # noqa: B023
+                expected = measure(model, batch, lambda batch, grad: plain(batch))  # noqa: B023
                 found[dtype] = {name: _compared(model, rows, speed, expected) for name, speed in variants.items()}
         own = Scorer(model, SpeedConfig(activation_cache=False))
         found["rounding noise, nats"] = rounding_noise(lambda batch, grad: own(batch, gradient=grad).logps, spec.rows)
@@ -314,40 +314,21 @@ def _run(config: RunConfig, also: Callable[[Event], None] = lambda event: None) 
     return found | ({"warnings": warnings} if warnings else {})
 
 
-def _compared(model: nn.Module, rows: list[TokenizedRow], speed: SpeedConfig, expected: Any) -> Result:
+def _compared(model: nn.Module, rows: list[TokenizedRow], speed: SpeedConfig, expected: Measured) -> Result:
     """How far log-probs (nats a token) and gradient (share of its norm) are from the plain path's."""
     batch = make_batch(rows, range(len(rows)))
     try:
-        cache = ActivationCache(rows, 1e9, 0)
-        scorer = Scorer(model, speed, activation_cache=cache, checkpoint=True)
-        scorer(batch, gradient=False)
-        logps, gradient = _measure(model, batch, lambda batch, grad: scorer(batch, gradient=grad).logps)
+        scorer = Scorer(model, speed, activation_cache=ActivationCache(rows, 1e9, 0), checkpoint=True)
+        found = measure(model, batch, lambda batch, grad: scorer(batch, gradient=grad).logps)
     except Exception as error:  # of any kind, from a model's own code: that is what the run would leave out
-        return {"fails": f"{type(error).__name__}: {error}", "largest by row": [0.0] * len(batch.index)}
-    difference = mx.abs(logps - expected[0])
-    count = float(batch.mask.sum())
-    by_norm = mx.sqrt(sum(mx.square(gradient[name] - value).sum() for name, value in expected[1].items()))
-    norm = mx.sqrt(sum(mx.square(value).sum() for value in expected[1].values()))
+        return {"fails": f"{type(error).__name__}: {error}", "largest by row": [0.0] * len(rows)}
+    difference = mx.abs(found.logps - expected.logps)
     return {
-        "rms": float(mx.sqrt(mx.square(difference).sum() / count)),
+        "rms": float(mx.sqrt(mx.square(difference).sum() / float(batch.mask.sum()))),
         "largest": float(difference.max()),
-        "gradient": float(by_norm / norm),
+        "gradient": relative_difference(found.gradient, expected.gradient),
         "largest by row": difference.max(axis=(1, 2)).tolist(),
     }
-
-
-def _measure(
-    model: nn.Module, batch: Batch, score: Callable[[Batch, bool], mx.array]
-) -> tuple[mx.array, dict[str, mx.array]]:
-    weight = mx.array([1.0] + [-0.5] * (batch.mask.shape[1] - 1))
-
-    def objective(model: nn.Module) -> tuple[mx.array, mx.array]:
-        logps = score(batch, True)
-        return (logps.sum(-1) * weight).sum(), logps
-
-    (_, logps), gradient = nn.value_and_grad(model, objective)(model)
-    mx.eval(logps, gradient)
-    return logps, flat(gradient)
 
 
 def _fill(model: nn.Module) -> None:

@@ -70,6 +70,18 @@ def test_checkpointing_needs_less(config: RunConfig) -> None:
     assert checkpointed.phases["log-probs"] == plain.phases["log-probs"]
 
 
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("arch", ["qwen3_5", "lfm2", "mamba2", "gemma4"])
+def test_of_hybrids_and_shared_keys_all_is_counted(
+    arch: str, checkpoint: bool, config: RunConfig, tmp_path: Path
+) -> None:
+    """With the states and keys that their prompts leave for the answers."""
+    path = tiny_model_folder(tmp_path / arch, arch)
+    plan, _ = plan_run(changed(config, model={"path": str(path)}, train={"grad_checkpoint": checkpoint}), LARGE)
+    assert plan.notes == []
+    assert plan.speed.shared_prompt
+
+
 def test_frozen_blocks_are_unloaded_only_where_no_row_needs_them(config: RunConfig, tmp_path: Path) -> None:
     unloaded, _ = plan_run(config, LARGE)
     alone = some_pairs(tmp_path / "alone.jsonl", ((5, 3, 200), (0, 90, 4), (8, 4, 3), (160, 3, 210)))

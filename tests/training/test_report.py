@@ -14,7 +14,8 @@ from mlx_dpo.config import LoraConfig, LossConfig, ModelConfig, RunConfig
 from mlx_dpo.models import lora
 from mlx_dpo.models.load import load
 from mlx_dpo.training.checkpoint import TrainerState
-from mlx_dpo.training.report import LARGE_KL, _not_adapted, warn_of_drift, warn_of_kl, warn_of_loop
+from mlx_dpo.training.report import LARGE_KL, _not_adapted, warn_of_drift, warn_of_kl
+from mlx_dpo.training.setup import warn_of_loop
 from support.tiny_models import tiny_model_folder
 
 
